@@ -1,0 +1,296 @@
+"""The set of profiles a search may visit: levels, their integer costs, and the budgets.
+
+Costs are integers, so whether a profile meets its budget is exact. Within a unit a higher level costs at least as
+much in every resource; the cheapest profile is therefore the lowest allowed level everywhere, and a budget can be
+met exactly when that profile meets it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from discopt.errors import BudgetError
+
+Ints = NDArray[np.int64]
+Levels = NDArray[np.int16]
+MAX_LEVELS = np.iinfo(np.int16).max
+
+
+@dataclass(frozen=True, eq=False)
+class SearchSpace:
+    """Profiles x in [m]^n with sum_i cost[r, i, x_i] <= budget[r] for every resource r.
+
+    Use `SearchSpace.build` or `SearchSpace.cardinality`; the plain constructor takes the arrays as they are stored.
+    Raises ValueError for arrays that do not fit together and BudgetError for a budget that no profile meets.
+    """
+
+    cost: Ints  # (r, n, m), non-decreasing over the allowed levels of a unit
+    budget: Ints  # (r,)
+    group: Ints  # (n,) units of one group may trade levels
+    names: tuple[str, ...]  # (n,)
+    allowed: NDArray[np.bool_]  # (n, m)
+
+    def __post_init__(self) -> None:
+        if self.cost.ndim != 3 or 0 in self.cost.shape:
+            raise ValueError(f"cost must have shape (r, n, m), none of them 0, got {self.cost.shape}")
+        r, n, m = self.cost.shape
+        expected = {"budget": (r,), "group": (n,), "allowed": (n, m)}
+        for name, shape in expected.items():
+            if getattr(self, name).shape != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {getattr(self, name).shape}")
+        if self.group.min() < 0:
+            raise ValueError(f"group numbers must not be negative, got {self.group.min()}")
+        if m > MAX_LEVELS:
+            raise ValueError(f"a unit can have at most {MAX_LEVELS} levels, got {m}")
+        if len(self.names) != n or len(set(self.names)) != n:
+            raise ValueError(
+                f"names must be {n} different strings, got {len(set(self.names))} different of {len(self.names)}"
+            )
+        if not self.allowed.any(axis=1).all():
+            unit = int(np.flatnonzero(~self.allowed.any(axis=1))[0])
+            raise ValueError(f"every unit needs an allowed level, got none for unit {self.names[unit]!r}")
+        self._check_costs()
+
+    def _check_costs(self) -> None:
+        if max(sum(int(c) for c in row) for row in np.abs(self.cost).max(axis=2)) > np.iinfo(np.int64).max:
+            raise ValueError("the total cost must fit 64 bits, got more; count in a larger unit")
+        steps = self._step_cost
+        if (steps < 0).any():
+            resource, unit, level = (int(i) for i in np.argwhere(steps < 0)[0])
+            raise ValueError(
+                f"a higher level must not cost less, got a step of {steps[resource, unit, level]} "
+                f"from level {level} of unit {self.names[unit]!r} (resource {resource})"
+            )
+        cheapest, dearest = (self.cost_of(x[None])[0] for x in (self.cheapest(), self.dearest()))
+        if (cheapest > self.budget).any():
+            raise BudgetError(
+                f"no profile meets the budget {_numbers(self.budget)}: "
+                f"the cheapest costs {_numbers(cheapest)}, the dearest {_numbers(dearest)}"
+            )
+
+    @classmethod
+    def build(
+        cls,
+        cost: ArrayLike | Sequence[Sequence[int]],
+        budget: int | Sequence[int] | Ints,
+        *,
+        group: str | Sequence[int | str] | Ints = "size",
+        names: Sequence[str] | None = None,
+        allowed: ArrayLike | None = None,
+    ) -> SearchSpace:
+        """A space from costs (n, m) or (r, n, m), or from n lists of different lengths, and a budget per resource.
+
+        `group` is "size" (units whose level steps cost the same may trade), "none" (all units are one group), or a
+        label per unit. `allowed` (n, m) forbids levels. Raises TypeError for costs that are not integers.
+        """
+        table, legal = _cost_table(cost)
+        if allowed is not None:
+            given = np.asarray(allowed, dtype=bool)
+            if given.shape != legal.shape:
+                raise ValueError(f"allowed must have shape {legal.shape}, got {given.shape}")
+            legal = legal & given
+        _r, n, _ = table.shape
+        return cls(
+            cost=table,
+            budget=_integers(np.atleast_1d(np.asarray(budget)), "budget"),
+            group=_groups(group, table, legal),
+            names=tuple(names) if names is not None else tuple(f"unit{i}" for i in range(n)),
+            allowed=legal,
+        )
+
+    @classmethod
+    def cardinality(cls, n: int, ones: int, names: Sequence[str] | None = None) -> SearchSpace:
+        """Bit strings x in {0, 1}^n with at most `ones` ones."""
+        return cls.build(np.tile([0, 1], (n, 1)), ones, names=names)
+
+    @property
+    def r(self) -> int:
+        """Number of resources."""
+        return int(self.cost.shape[0])
+
+    @property
+    def n(self) -> int:
+        """Number of units."""
+        return int(self.cost.shape[1])
+
+    @property
+    def m(self) -> int:
+        """Number of levels of the units that have most."""
+        return int(self.cost.shape[2])
+
+    @cached_property
+    def up(self) -> Levels:
+        """The next allowed level above each level, (n, m); -1 where there is none."""
+        table = np.full((self.n, self.m), -1, dtype=np.int16)
+        above = np.full(self.n, -1, dtype=np.int16)
+        for level in range(self.m - 1, -1, -1):
+            table[:, level] = above
+            above = np.where(self.allowed[:, level], np.int16(level), above)
+        return table
+
+    @cached_property
+    def down(self) -> Levels:
+        """The next allowed level below each level, (n, m); -1 where there is none."""
+        table = np.full((self.n, self.m), -1, dtype=np.int16)
+        below = np.full(self.n, -1, dtype=np.int16)
+        for level in range(self.m):
+            table[:, level] = below
+            below = np.where(self.allowed[:, level], np.int16(level), below)
+        return table
+
+    @cached_property
+    def _step_cost(self) -> Ints:
+        """What going up from each allowed level costs, (r, n, m); 0 where there is no step."""
+        is_step = self.allowed & (self.up >= 0)
+        above = np.take_along_axis(self.cost, np.maximum(self.up, 0)[None].astype(np.int64), axis=2)
+        return np.where(is_step, above - self.cost, 0)
+
+    @cached_property
+    def steady(self) -> bool:
+        """Whether all steps of every group cost the same, so that a switch leaves the cost as it is."""
+        unit, level = np.nonzero(self.allowed & (self.up >= 0))
+        steps = self._step_cost[:, unit, level]  # (r, steps)
+        groups = self.group[unit]
+        return all(bool((steps[:, groups == g] == steps[:, groups == g][:, :1]).all()) for g in np.unique(groups))
+
+    @cached_property
+    def group_members(self) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
+        """Units sorted by group (n,), and for each group where it starts there and how many it has (groups,)."""
+        size = np.bincount(self.group)
+        return np.argsort(self.group, kind="stable"), np.cumsum(size) - size, size
+
+    def cheapest(self) -> Levels:
+        """The lowest allowed level of every unit, (n,)."""
+        lowest: Levels = self.allowed.argmax(axis=1).astype(np.int16)
+        return lowest
+
+    def dearest(self) -> Levels:
+        """The highest allowed level of every unit, (n,); it may be over the budget."""
+        highest: Levels = (self.m - 1 - self.allowed[:, ::-1].argmax(axis=1)).astype(np.int16)
+        return highest
+
+    def uniform(self) -> Levels | None:
+        """The dearest feasible profile with one level everywhere, (n,); None if there is none."""
+        for level in range(self.m - 1, -1, -1):
+            profile = np.full(self.n, level, dtype=np.int16)
+            if self.feasible(profile[None])[0]:
+                return profile
+        return None
+
+    def cost_of(self, population: NDArray[np.integer]) -> Ints:
+        """Exact costs: (k, n) -> (k, r)."""
+        units = np.arange(self.n)
+        return np.stack([table[units, population].sum(axis=1, dtype=np.int64) for table in self.cost], axis=1)
+
+    def feasible(self, population: NDArray[np.integer]) -> NDArray[np.bool_]:
+        """Whether all levels are allowed and every budget holds: (k, n) -> (k,)."""
+        legal: NDArray[np.bool_] = self.allowed[np.arange(self.n), population].all(axis=1)
+        affordable: NDArray[np.bool_] = (self.cost_of(population) <= self.budget).all(axis=1)
+        return legal & affordable
+
+    def is_full(self, profile: NDArray[np.integer]) -> bool:
+        """Whether no single step up fits what is left of the budget."""
+        steps = np.flatnonzero(self.up[np.arange(self.n), profile] >= 0)
+        left = self.budget - self.cost_of(profile[None])[0]
+        return not (self._step_cost[:, steps, profile[steps]] <= left[:, None]).all(axis=0).any()
+
+    def check(self, profile: ArrayLike) -> Levels:
+        """The profile as (n,) int16; raises ValueError if it is not one of this space."""
+        levels = np.asarray(profile)
+        if levels.shape != (self.n,) or not np.issubdtype(levels.dtype, np.integer):
+            raise ValueError(f"a profile must be {self.n} integers, got shape {levels.shape} of {levels.dtype}")
+        outside = (levels < 0) | (levels >= self.m)
+        if outside.any() or not self.allowed[np.arange(self.n), levels].all():
+            bad = outside if outside.any() else ~self.allowed[np.arange(self.n), levels]
+            unit = int(np.flatnonzero(bad)[0])
+            raise ValueError(f"level {levels[unit]} of unit {self.names[unit]!r} is not allowed")
+        if not self.feasible(levels[None])[0]:
+            cost = self.cost_of(levels[None])[0]
+            raise ValueError(f"a profile must cost at most {_numbers(self.budget)}, got {_numbers(cost)}")
+        return levels.astype(np.int16)
+
+    def random(self, k: int, rng: np.random.Generator) -> Levels:
+        """Random feasible profiles that spend the budget as far as steps fit: (k, n).
+
+        Every row takes all steps of all units in a random order and climbs those that still fit. With two levels of
+        equal cost this draws subsets uniformly.
+        """
+        rows = [self._fill(self.cheapest(), rng) for _ in range(k)]
+        return np.stack(rows) if rows else np.empty((0, self.n), dtype=np.int16)
+
+    def _fill(self, profile: Levels, rng: np.random.Generator) -> Levels:
+        """Climb steps from a profile in a random order, as long as they fit: (n,) -> (n,)."""
+        left = self.budget - self.cost_of(profile[None])[0]
+        unit, level = np.nonzero(self.allowed & (self.up >= 0) & (np.arange(self.m) >= profile[:, None]))
+        shuffled = rng.permutation(unit)
+        steps = np.empty_like(unit)
+        steps[np.argsort(shuffled, kind="stable")] = np.arange(len(unit))  # a unit's steps stay in their order
+        climbed = profile.copy()
+        while len(steps):
+            price = self._step_cost[:, unit[steps], level[steps]]
+            fits = (np.cumsum(price, axis=1) <= left[:, None]).all(axis=0)
+            taken = len(steps) if fits.all() else int(fits.argmin())
+            climb = steps[:taken]
+            np.maximum.at(climbed, unit[climb], self.up[unit[climb], level[climb]])
+            left = left - price[:, :taken].sum(axis=1)
+            if taken == len(steps):
+                break
+            steps = steps[taken + 1 :][unit[steps[taken + 1 :]] != unit[steps[taken]]]  # that unit stops here
+        return climbed
+
+
+def _cost_table(cost: ArrayLike | Sequence[Sequence[int]]) -> tuple[Ints, NDArray[np.bool_]]:
+    """Costs as (r, n, m), units with fewer levels padded with forbidden ones, and which levels exist, (n, m)."""
+    if isinstance(cost, list | tuple) and cost and all(isinstance(c, list | tuple | np.ndarray) for c in cost):
+        rows = [np.asarray(c) for c in cost]
+        if all(row.ndim == 1 for row in rows) and len({len(row) for row in rows}) > 1:
+            m = max(len(row) for row in rows)
+            table = np.stack(
+                [np.pad(_integers(row, "cost"), (0, m - len(row)), mode="edge") for row in rows if len(row)]
+            )
+            if len(table) < len(rows):
+                raise ValueError("every unit needs at least one level, got a unit with none")
+            return table[None], np.arange(m) < np.array([len(row) for row in rows])[:, None]
+    table = _integers(np.asarray(cost), "cost")
+    if table.ndim == 2:
+        table = table[None]
+    if table.ndim != 3:
+        raise ValueError(f"cost must have shape (n, m) or (r, n, m), got {table.shape}")
+    return table, np.ones(table.shape[1:], dtype=bool)
+
+
+def _integers(values: NDArray[np.generic], what: str) -> Ints:
+    if not np.issubdtype(values.dtype, np.integer):
+        raise TypeError(f"{what} must be integers, so that feasibility is exact, got {values.dtype}")
+    return values.astype(np.int64)
+
+
+def _groups(group: str | Sequence[int | str] | Ints, cost: Ints, allowed: NDArray[np.bool_]) -> Ints:
+    n = cost.shape[1]
+    if isinstance(group, str):
+        if group == "none":
+            return np.zeros(n, dtype=np.int64)
+        if group != "size":
+            raise ValueError(f"group must be 'size', 'none' or a label per unit, got {group!r}")
+        labels: list[object] = [_step_signature(cost[:, i][:, allowed[i]]) for i in range(n)]
+    else:
+        labels = list(group)
+        if len(labels) != n:
+            raise ValueError(f"group must have a label for each of the {n} units, got {len(labels)}")
+    numbers: dict[object, int] = {}
+    return np.array([numbers.setdefault(label, len(numbers)) for label in labels], dtype=np.int64)
+
+
+def _step_signature(cost: Ints) -> tuple[tuple[int, ...], ...]:
+    """What the steps of a unit cost, (r, levels) -> one entry if they all cost the same, else each of them."""
+    steps = [tuple(int(c) for c in step) for step in np.diff(cost, axis=1).T]
+    return tuple(steps[:1]) if len(set(steps)) == 1 else tuple(steps)
+
+
+def _numbers(values: Ints) -> str:
+    return ", ".join(str(int(v)) for v in values)
