@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from discopt.space import Levels, SearchSpace
+from discopt.space import Ints, Levels, SearchSpace
 
 TRIES = 32  # random draws of a unit before its group is searched through
 ROUNDS = 24  # times that missing offspring are drawn again before a generation goes on with fewer
@@ -38,21 +38,28 @@ def offspring(
     """
     rows: Levels = np.asarray(parents, dtype=np.int16)
     weights = np.asarray(switches, dtype=np.float64)
+    slack = space.budget - space.cost_of(rows) if rule == "across" else None  # (p, r)
     seen = {row.tobytes() for row in rows}
     found: list[Levels] = []
+    drawn = 0
     for _ in range(ROUNDS):
         missing = count - len(found)
-        if not missing:
+        if missing <= 0:
             break
-        chosen = rows[rng.integers(len(rows), size=missing)]
-        number = rng.choice(len(weights), size=missing, p=weights / weights.sum()) + 1
-        mutate = level_switch if rule == "within" else raise_and_lower
-        for row in mutate(chosen, number, space, rng):
-            key = row.tobytes()
+        size = min(2 * count, round(missing * (drawn + 1) / (len(found) + 1)))  # as many as the yield so far asks for
+        chosen = rng.integers(len(rows), size=size)
+        number = rng.choice(len(weights), size=size, p=weights / weights.sum()) + 1
+        drawn += size
+        if slack is None:
+            children = level_switch(rows[chosen], number, space, rng)
+        else:
+            children = raise_and_lower(rows[chosen], slack[chosen], number, space, rng)
+        for child in children:
+            key = child.tobytes()
             if key not in seen:
                 seen.add(key)
-                found.append(row)
-    return np.stack(found) if found else np.empty((0, space.n), dtype=np.int16)
+                found.append(child)
+    return np.stack(found[:count]) if found else np.empty((0, space.n), dtype=np.int16)
 
 
 def level_switch(profiles: Levels, number: NDArray[np.integer], space: SearchSpace, rng: np.random.Generator) -> Levels:
@@ -64,7 +71,7 @@ def level_switch(profiles: Levels, number: NDArray[np.integer], space: SearchSpa
     rows = profiles.copy()
     for turn in range(int(number.max(initial=0))):
         active = np.flatnonzero(number > turn)
-        lowered, raised = _pick_pairs(rows[active], space, rng)
+        lowered, raised = _pick_pairs(rows, active, space, rng)
         active, lowered, raised = (a[lowered >= 0] for a in (active, lowered, raised))
         rows[active, lowered] = space.down[lowered, rows[active, lowered]]
         rows[active, raised] = space.up[raised, rows[active, raised]]
@@ -72,27 +79,27 @@ def level_switch(profiles: Levels, number: NDArray[np.integer], space: SearchSpa
 
 
 def raise_and_lower(
-    profiles: Levels, number: NDArray[np.integer], space: SearchSpace, rng: np.random.Generator
+    profiles: Levels, slack: Ints, number: NDArray[np.integer], space: SearchSpace, rng: np.random.Generator
 ) -> Levels:
     """Raise `number[i]` random units of row i, then lower random ones until the budget holds: (k, n) -> (at most k, n).
 
-    Left out are rows that need more than MAX_LEVEL_CHANGES steps, and rows that free far more than they spend
-    (what was added over what was removed below MIN_SPENT, resources weighed by their budgets).
+    `slack` (k, r) is what the rows leave of the budget. Left out are rows that need more than MAX_LEVEL_CHANGES
+    steps, and rows that free far more than they spend (added over removed below MIN_SPENT, resources weighed by
+    their budgets).
     """
-    rows = profiles.copy()
+    rows, left = profiles.copy(), slack.copy()
     k = len(rows)
     everyone = _Pool(np.arange(space.n), np.zeros(k, dtype=np.intp), np.full(k, space.n))
     weight = 1.0 / np.maximum(space.budget, 1)
-    left = space.budget - space.cost_of(rows)  # (k, r)
     added, removed = np.zeros(k), np.zeros(k)
     for turn in range(MAX_LEVEL_CHANGES):
-        over = (left < 0).any(axis=1)
-        for table, active, spent in (
-            (space.up, number > turn, added),
-            (space.down, (number <= turn) & over, removed),
-        ):
+        rising = number > turn
+        falling = ~rising & (left < 0).any(axis=1)
+        for table, active, spent in ((space.up, rising, added), (space.down, falling, removed)):
             index = np.flatnonzero(active)
-            unit = _pick_units(rows[index], everyone.at(index), table, rng)
+            if not len(index):
+                continue
+            unit = _pick_units(rows, index, everyone.at(index), table, rng)
             index, unit = index[unit >= 0], unit[unit >= 0]
             before = rows[index, unit]
             after = table[unit, before]
@@ -100,8 +107,7 @@ def raise_and_lower(
             rows[index, unit] = after
             left[index] -= step
             spent[index] += np.abs(step) @ weight
-    keep = (left >= 0).all(axis=1) & (added >= MIN_SPENT * removed)
-    return rows[keep]
+    return rows[(left >= 0).all(axis=1) & (added >= MIN_SPENT * removed)]
 
 
 class _Pool(NamedTuple):
@@ -115,31 +121,33 @@ class _Pool(NamedTuple):
         return _Pool(self.members, self.start[index], self.size[index])
 
 
-def _pick_pairs(rows: Levels, space: SearchSpace, rng: np.random.Generator) -> tuple[Rows, Rows]:
-    """A unit to lower and one of its group to raise, for every row: (k, n) -> (k,), (k,); -1 where there is no pair."""
+def _pick_pairs(rows: Levels, index: Rows, space: SearchSpace, rng: np.random.Generator) -> tuple[Rows, Rows]:
+    """A unit to lower and one of its group to raise, for the indexed rows: (i,), (i,); -1 where there is no pair."""
     members, start, size = space.group_members
-    group = space.group[rng.integers(space.n, size=len(rows))]  # proportional to its number of units
+    group = space.group[rng.integers(space.n, size=len(index))]  # proportional to its number of units
     pool = _Pool(members, start[group], size[group])
-    lowered = _pick_units(rows, pool, space.down, rng)
-    raised = _pick_units(rows, pool, space.up, rng, avoid=lowered)
+    lowered = _pick_units(rows, index, pool, space.down, rng)
+    raised = _pick_units(rows, index, pool, space.up, rng, avoid=lowered)
     for i in np.flatnonzero((lowered < 0) | (raised < 0)):
-        lowered[i], raised[i] = _search_pair(rows[i], space, rng)
+        lowered[i], raised[i] = _search_pair(rows[index[i]], space, rng)
     return lowered, raised
 
 
-def _pick_units(rows: Levels, pool: _Pool, step: Levels, rng: np.random.Generator, avoid: Rows | None = None) -> Rows:
-    """A random unit of its pool that can take the step, for every row: (k, n) -> (k,); -1 where there is none."""
-    draws = (rng.random((len(rows), TRIES)) * pool.size[:, None]).astype(np.intp)
+def _pick_units(
+    rows: Levels, index: Rows, pool: _Pool, step: Levels, rng: np.random.Generator, avoid: Rows | None = None
+) -> Rows:
+    """A random unit of its pool that can take the step, for the indexed rows: (i,); -1 where there is none."""
+    draws = (rng.random((len(index), TRIES)) * pool.size[:, None]).astype(np.intp)
     drawn = pool.members[pool.start[:, None] + draws]
-    can = step[drawn, np.take_along_axis(rows, drawn, axis=1)] >= 0
+    can = step[drawn, rows[index[:, None], drawn]] >= 0
     if avoid is not None:
         can &= drawn != avoid[:, None]
     first = can.argmax(axis=1)
-    every = np.arange(len(rows))
+    every = np.arange(len(index))
     unit: Rows = drawn[every, first]
     for i in np.flatnonzero(~can[every, first]):  # rare: the luck of the draw, or no unit can
         members = pool.members[pool.start[i] : pool.start[i] + pool.size[i]]
-        able = members[step[members, rows[i, members]] >= 0]
+        able = members[step[members, rows[index[i], members]] >= 0]
         if avoid is not None:
             able = able[able != avoid[i]]
         unit[i] = rng.choice(able) if len(able) else -1

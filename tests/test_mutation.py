@@ -93,7 +93,7 @@ def test_the_across_rule_trades_between_units_of_different_cost() -> None:
 def test_offspring_that_free_far_more_than_they_spend_are_thrown_away() -> None:
     space = SearchSpace.build([[0, 1], [0, 10]], 10, group="none")
     parent = np.array([[0, 1]] * 50, dtype=np.int16)
-    kept = raise_and_lower(parent, np.ones(50, dtype=int), space, np.random.default_rng(0))
+    kept = raise_and_lower(parent, np.zeros((50, 1), int), np.ones(50, int), space, np.random.default_rng(0))
     assert not (kept[:, 1] < 1).any()
 
 

@@ -1,0 +1,40 @@
+"""What every benchmark's JSON says about where its figures come from."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("numpy", "scipy", "torch", "transformers")
+HERE = Path(__file__).resolve().parent
+
+
+def provenance(seed: int, device: str | None = None) -> dict[str, Any]:
+    """Device, versions, commit and seed; `device` is the accelerator's name, None for the CPU."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
+    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=HERE, capture_output=True, text=True, check=False)
+    return {
+        "device": device or f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "commit": commit.stdout.strip() + ("+" if dirty.stdout.strip() else ""),
+        "seed": seed,
+    }
+
+
+def write(path: Path, figures: dict[str, Any], *, seed: int, device: str | None = None) -> None:
+    """Write the figures with their provenance as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**provenance(seed, device), **figures}, indent=2) + "\n")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
