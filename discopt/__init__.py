@@ -1,14 +1,21 @@
 """discopt: minimise a noisy, expensive loss over discrete profiles under linear budgets.
 
-result = discopt.minimize(loss, discopt.SearchSpace.cardinality(n=60, ones=12), seed=0)
+    result = discopt.minimize(loss, discopt.SearchSpace.cardinality(n=60, ones=12), seed=0)
+
+Names are imported when they are first used, so that the command line answers at once.
 """
 
-from discopt.errors import BudgetError, DiscoptError, ObjectiveError, RunFolderError
-from discopt.folder import RunFolder
-from discopt.objective import Objective, Query, as_objective
-from discopt.optimizers import EvoPress, EvoPressSettings, Measurement, Optimizer, RandomSearch, Stage, StopReason
-from discopt.run import Limits, Progress, Result, minimize
-from discopt.space import SearchSpace
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from discopt.errors import BudgetError, DiscoptError, ObjectiveError, RunFolderError
+    from discopt.folder import RunFolder
+    from discopt.objective import Objective, Query, as_objective
+    from discopt.optimizers import EvoPress, EvoPressSettings, Measurement, Optimizer, RandomSearch, Stage, StopReason
+    from discopt.problem import Problem
+    from discopt.run import Limits, Progress, Result, minimize
+    from discopt.space import SearchSpace
 
 __all__ = [
     "BudgetError",
@@ -20,6 +27,7 @@ __all__ = [
     "Objective",
     "ObjectiveError",
     "Optimizer",
+    "Problem",
     "Progress",
     "Query",
     "RandomSearch",
@@ -32,3 +40,26 @@ __all__ = [
     "as_objective",
     "minimize",
 ]
+
+_HOMES = {
+    "errors": "BudgetError DiscoptError ObjectiveError RunFolderError",
+    "folder": "RunFolder",
+    "objective": "Objective Query as_objective",
+    "optimizers": "EvoPress EvoPressSettings Measurement Optimizer RandomSearch Stage StopReason",
+    "problem": "Problem",
+    "run": "Limits Progress Result minimize",
+    "space": "SearchSpace",
+}
+
+
+def __getattr__(name: str) -> object:
+    for module, names in _HOMES.items():
+        if name in names.split():
+            value = getattr(import_module(f"discopt.{module}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'discopt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

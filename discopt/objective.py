@@ -49,7 +49,7 @@ class _PopulationFunction:
     function: Callable[[Profiles], Any]
 
     def evaluate(self, query: Query) -> Losses:
-        return self.function(query.population)  # type: ignore[no-any-return]
+        return self.function(query.population)
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class _SampledFunction:
     function: Callable[[Profiles, int, int], Any]
 
     def evaluate(self, query: Query) -> Losses:
-        return self.function(query.population, query.fidelity, query.seed)  # type: ignore[no-any-return]
+        return self.function(query.population, query.fidelity, query.seed)
 
 
 def as_objective(objective: Objective | Callable[..., Any]) -> Objective:

@@ -190,7 +190,7 @@ class SearchSpace:
     def feasible(self, population: NDArray[np.integer]) -> NDArray[np.bool_]:
         """Whether all levels are allowed and every budget holds: (k, n) -> (k,)."""
         legal: NDArray[np.bool_] = self.allowed[np.arange(self.n), population].all(axis=1)
-        affordable: NDArray[np.bool_] = (self.cost_of(population) <= self.budget).all(axis=1)
+        affordable: NDArray[np.bool_] = np.all(self.cost_of(population) <= self.budget, axis=1)
         return legal & affordable
 
     def is_full(self, profile: NDArray[np.integer]) -> bool:
@@ -238,9 +238,11 @@ class SearchSpace:
             climb = steps[:taken]
             np.maximum.at(climbed, unit[climb], self.up[unit[climb], level[climb]])
             left = left - price[:, :taken].sum(axis=1)
-            if taken == len(steps):
-                break
-            steps = steps[taken + 1 :][unit[steps[taken + 1 :]] != unit[steps[taken]]]  # that unit stops here
+            # A unit stops for good below a step that no longer fits, for what is left never grows.
+            rest, dear = steps[taken:], (price[:, taken:] > left[:, None]).any(axis=0)
+            ceiling = np.full(self.n, self.m)
+            np.minimum.at(ceiling, unit[rest[dear]], level[rest[dear]])
+            steps = rest[level[rest] < ceiling[unit[rest]]]
         return climbed
 
 

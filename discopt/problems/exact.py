@@ -1,0 +1,104 @@
+"""Optima that are certain: of separable losses by integer programming, of small spaces by looking at every profile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from discopt.objective import Losses
+from discopt.space import Levels, SearchSpace
+
+CHUNK = 1 << 14  # profiles looked at together
+MAX_PROFILES = 1 << 18  # above this, `exhaustive_minimum` gives up
+
+
+def separable_minimum(space: SearchSpace, table: NDArray[np.float64]) -> tuple[float, Levels]:
+    """Lowest sum_i table[i, x_i] of the space, and a profile that has it: table (n, m) -> loss, (n,).
+
+    A multiple-choice knapsack, solved to proven optimality: one binary variable per unit and allowed level.
+    """
+    if table.shape != (space.n, space.m):
+        raise ValueError(f"table must have shape {(space.n, space.m)}, got {table.shape}")
+    unit, level = np.nonzero(space.allowed)  # (v,) the variables
+    variable = np.arange(len(unit))
+    one_level_each = csr_array((np.ones(len(unit)), (unit, variable)), shape=(space.n, len(unit)))
+    constraints = [
+        LinearConstraint(one_level_each, 1, 1),
+        LinearConstraint(space.cost[:, unit, level], ub=space.budget),
+    ]
+    profile = _solve(table[unit, level], constraints)
+    chosen = np.flatnonzero(profile)
+    x = np.zeros(space.n, dtype=np.int16)
+    x[unit[chosen]] = level[chosen]
+    assert len(chosen) == space.n
+    assert space.feasible(x[None])[0]
+    return float(table[np.arange(space.n), x].sum()), x
+
+
+def coverage_minimum(
+    space: SearchSpace, covers: NDArray[np.bool_], weight: NDArray[np.float64]
+) -> tuple[float, Levels]:
+    """Lowest weight left uncovered, and a profile that has it: covers (n, p), weight (p,) -> loss, (n,).
+
+    Level 1 of unit i covers the points covers[i]. Binary variables: the n units, then the p points that stay bare.
+    """
+    n, p = covers.shape
+    covered_or_bare = csr_array(np.hstack([covers.T.astype(np.float64), np.eye(p)]))
+    cost = np.hstack([space.cost[:, :, 1] - space.cost[:, :, 0], np.zeros((space.r, p), dtype=np.int64)])
+    constraints = [
+        LinearConstraint(covered_or_bare, lb=1),
+        LinearConstraint(cost, ub=space.budget - space.cost[:, :, 0].sum(axis=1)),
+    ]
+    x = _solve(np.concatenate([np.zeros(n), weight]), constraints)[:n].astype(np.int16)
+    assert space.feasible(x[None])[0]
+    bare = ~covers[x == 1].any(axis=0)
+    return float(weight[bare].sum()), x
+
+
+def exhaustive_minimum(space: SearchSpace, loss: Callable[[Levels], Losses]) -> tuple[float, Levels] | None:
+    """Lowest loss of the space, and the first profile that has it; None if there are too many profiles to look at."""
+    if np.prod(space.allowed.sum(axis=1), dtype=np.float64) > MAX_PROFILES:
+        return None
+    best: tuple[float, Levels] | None = None
+    for population in feasible_profiles(space):
+        losses = loss(population)
+        row = int(losses.argmin())
+        if best is None or losses[row] < best[0]:
+            best = float(losses[row]), population[row]
+    return best
+
+
+def how_known(best: tuple[float, Levels] | None) -> str:
+    """The words of a problem's note about its `exhaustive_minimum`."""
+    return "the optimum is not known at this size" if best is None else "the optimum by looking at every profile"
+
+
+def feasible_profiles(space: SearchSpace) -> Iterator[Levels]:
+    """Every feasible profile once, in populations (k, n) of at most CHUNK rows."""
+    levels = [np.flatnonzero(row).astype(np.int16) for row in space.allowed]
+    shape = tuple(len(row) for row in levels)
+    total = int(np.prod(shape, dtype=np.int64))
+    for first in range(0, total, CHUNK):
+        index = np.unravel_index(np.arange(first, min(first + CHUNK, total)), shape)
+        population = np.stack([row[i] for row, i in zip(levels, index, strict=True)], axis=1)
+        population = population[space.feasible(population)]
+        if len(population):
+            yield population
+
+
+def _solve(loss: NDArray[np.float64], constraints: list[LinearConstraint]) -> NDArray[np.bool_]:
+    """The binary variables (v,) with the lowest total loss."""
+    result = milp(
+        loss,
+        integrality=np.ones(len(loss)),
+        bounds=Bounds(0, 1),
+        constraints=constraints,
+        options={"mip_rel_gap": 0.0},
+    )
+    if result.x is None or result.status != 0:
+        raise ArithmeticError(f"the integer program was not solved: {result.message}")
+    return result.x > 0.5

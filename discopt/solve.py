@@ -1,0 +1,319 @@
+"""`discopt solve`: a user's own problem from the command line, in a run folder that can be gone on with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from discopt.errors import DiscoptError, ObjectiveError, RunFolderError
+from discopt.folder import RunFolder
+from discopt.loading import Loaded, explain, load_problem, split_target
+from discopt.optimizers import EvoPress, EvoPressSettings, RandomSearch, Stage, StopReason
+from discopt.plots import plot_trace
+from discopt.progress import ProgressBar
+from discopt.report import option_words, profile_lines, solve_report
+from discopt.run import Limits, Result, minimize
+
+if TYPE_CHECKING:
+    from discopt.optimizers import Optimizer
+    from discopt.space import SearchSpace
+
+COMMAND = "solve"
+CHECKPOINT_SECONDS = 1.0  # what a killed process loses at most, beside the stage it was in
+
+# What ends a search before its plan does, and the option that sets it.
+LIMIT_OPTIONS = {
+    StopReason.EVALUATIONS: "max_evaluations",
+    StopReason.FIDELITY: "max_fidelity",
+    StopReason.TIME: "max_seconds",
+    StopReason.TARGET: "target_loss",
+    StopReason.STAGNATION: "stagnation",
+}
+_FINAL = (StopReason.GENERATIONS, StopReason.EXHAUSTED)
+_GOALS = (StopReason.TARGET, StopReason.STAGNATION)
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SolveRequest:
+    """What was asked of `discopt solve`, one field per option. Raises ValueError for values that make no sense."""
+
+    target: str  # FILE.py:NAME or module:NAME
+    generations: int = 100
+    offspring: int = 16
+    parents: int = 1
+    stages: tuple[str, ...] = ()  # SURVIVORS@FIDELITY; without any, one stage at fidelity 1
+    start: str = "auto"  # or uniform, random, the path of a profile
+    start_profile: tuple[int, ...] | None = None  # what that path held when the run began
+    start_candidates: int = 16
+    start_fidelity: int | None = None
+    switches: tuple[float, ...] = (5, 3, 1)
+    rule: str = "within"
+    algorithm: str = "evopress"
+    max_evaluations: int | None = None
+    max_fidelity: int | None = None
+    max_seconds: float | None = None
+    target_loss: float | None = None
+    stagnation: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        split_target(self.target)
+        if self.algorithm not in ("evopress", "random"):
+            raise ValueError(f"algorithm must be evopress or random, got {self.algorithm!r}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
+        self.settings()
+        self.limits()
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        """The request that run.json holds; RunFolderError if it holds something else."""
+        try:
+            lists = {key: tuple(value) for key, value in options.items() if isinstance(value, list)}
+            return cls(**{**options, **lists})
+        except (TypeError, ValueError, AttributeError) as error:
+            raise RunFolderError(f"the options in run.json are damaged: {error}") from error
+
+    def settings(self) -> EvoPressSettings:
+        stages = tuple(Stage.parse(stage) for stage in self.stages) or (Stage(self.parents, 1),)
+        return EvoPressSettings(
+            generations=self.generations,
+            offspring=self.offspring,
+            stages=stages,
+            parents=self.parents,
+            start=self.start_profile if self.start_profile is not None else self.start,
+            start_candidates=self.start_candidates,
+            start_fidelity=self.start_fidelity,
+            switches=self.switches,
+            rule=self.rule,
+        )
+
+    def limits(self) -> Limits:
+        return Limits(
+            evaluations=self.max_evaluations,
+            fidelity=self.max_fidelity,
+            seconds=self.max_seconds,
+            target=self.target_loss,
+            stagnation=self.stagnation,
+        )
+
+    def optimizer(self, space: SearchSpace) -> Optimizer:
+        """Random search draws what the generations would have measured, at the last stage's fidelity."""
+        if self.algorithm == "random":
+            return RandomSearch(
+                space,
+                evaluations=self.generations * self.offspring,
+                batch=self.offspring,
+                fidelity=self.settings().stages[-1].fidelity,
+                seed=self.seed,
+            )
+        return EvoPress(space, self.settings(), seed=self.seed)
+
+    def command_line(self, out: Path | None) -> str:
+        """The command that asks for this."""
+        words = option_words(self, skip=("target", "start_profile"), repeated={"stages": "--stage"})
+        place = ["--out", str(out)] if out is not None else []
+        return shlex.join(["discopt", COMMAND, self.target, *words, *place])
+
+
+def read_start(path: Path) -> tuple[int, ...]:
+    """The levels in a profile file: a run's profile.json, or a plain list. Raises DiscoptError for other files."""
+    try:
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DiscoptError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise DiscoptError(f"{path} is not JSON") from error
+    levels = document
+    if isinstance(document, dict) and isinstance(document.get("units"), list):
+        levels = [unit.get("level") if isinstance(unit, dict) else None for unit in document["units"]]
+    if not isinstance(levels, list) or not all(type(level) is int for level in levels):
+        raise DiscoptError(f"{path} is no profile: expected a list of levels, or a profile.json with its units")
+    return tuple(levels)
+
+
+def begin(request: SolveRequest, out: Path | None, *, force: bool, quiet: bool, directory: Path) -> dict[str, Any]:
+    """Run a search from its start; returns what results.json holds. `directory` is where the target is looked for."""
+    if out is not None:
+        RunFolder.check_free(out, force=force)
+    loaded = load_problem(request.target, directory)
+    optimizer = _optimizer(request, loaded)  # what does not fit the problem is refused before a folder is made
+    folder = None
+    if out is not None:
+        asked = {
+            "command": COMMAND,
+            "options": asdict(request),
+            "seed": request.seed,
+            "directory": directory.resolve(),
+            "code": loaded.checksum,
+            "space": _space_checksum(loaded.problem.space),
+        }
+        folder = RunFolder.create(out, asked, force=force)
+    return _search(request, loaded, optimizer, folder, quiet=quiet, resume=False)
+
+
+def finished(folder: RunFolder, changes: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The results of a run that has nothing left to do, else None. `changes` are new limits."""
+    results = _current_results(folder)
+    if results is None:
+        return None
+    stop, request = _stop(results), SolveRequest.from_options(folder.request["options"])
+    drawn = request.algorithm == "random" and results.get("evaluations", 0) >= request.generations * request.offspring
+    done = stop in _FINAL or drawn or (stop in _GOALS and not changes)
+    return {**results, "folder": str(folder.path)} if done else None
+
+
+def go_on(folder: RunFolder, changes: Mapping[str, Any], *, quiet: bool, warn: Any = _log.warning) -> dict[str, Any]:
+    """Go on with a stopped run; returns what results.json holds.
+
+    `changes` replaces limits. The limit that ended the run before is lifted where it is not replaced, so that the
+    run ends as one without that limit would have. `warn` takes a line the user should see.
+    """
+    request = SolveRequest.from_options(folder.request["options"])
+    results = _current_results(folder)
+    lifted = LIMIT_OPTIONS.get(_stop(results)) if results is not None else None
+    try:
+        request = replace(request, **{**({lifted: None} if lifted else {}), **changes})
+    except ValueError as error:
+        raise DiscoptError(str(error)) from error
+    directory = Path(folder.request.get("directory") or ".")
+    loaded = load_problem(request.target, directory if directory.is_dir() else Path())
+    if folder.request.get("space") != _space_checksum(loaded.problem.space):
+        raise RunFolderError(
+            f"{request.target} is not the problem that {folder.path} began with: its units, costs or budget differ"
+        )
+    if folder.request.get("code") != loaded.checksum:
+        warn(f"{request.target.rpartition(':')[0]} has changed since the run began")
+    optimizer = _optimizer(request, loaded)
+    folder.remove_leftovers()
+    folder.update_request(options=asdict(request), continued=folder.request.get("continued", 0) + 1)
+    return _search(request, loaded, optimizer, folder, quiet=quiet, resume=True)
+
+
+def _optimizer(request: SolveRequest, loaded: Loaded) -> Optimizer:
+    try:
+        return request.optimizer(loaded.problem.space)
+    except ValueError as error:  # a start that this space does not allow
+        raise DiscoptError(f"{request.target}: {error}") from error
+
+
+def _search(
+    request: SolveRequest, loaded: Loaded, optimizer: Optimizer, folder: RunFolder | None, *, quiet: bool, resume: bool
+) -> dict[str, Any]:
+    try:
+        with ProgressBar(unit=_unit(request), label=loaded.problem.name, quiet=quiet) as bar:
+            result = minimize(
+                loaded.problem.objective,
+                loaded.problem.space,
+                optimizer=optimizer,
+                limits=request.limits(),
+                callbacks=(bar,),
+                folder=folder,
+                checkpoint_seconds=CHECKPOINT_SECONDS,
+                resume=resume,
+            )
+    except ObjectiveError as error:
+        again = f"; mend it and go on with: discopt resume {folder.path}" if folder is not None else ""
+        raise ObjectiveError(explain(error, loaded.path) + again, error.query) from error
+    results = _results(request, loaded, result, folder)
+    if folder is not None:
+        _write(request, loaded, result, results, folder)
+    return results
+
+
+def _results(request: SolveRequest, loaded: Loaded, result: Result, folder: RunFolder | None) -> dict[str, Any]:
+    """What results.json holds and `--json` prints; numbers that are not finite are null."""
+    problem = loaded.problem
+    rows = []
+    if result.start is not None and result.start.fidelity:
+        rows.append({"method": "start", "loss": _number(result.start.loss), "fidelity": result.start.fidelity})
+    if result.fidelity:
+        rows.append({"method": request.algorithm, "loss": _number(result.loss), "fidelity": result.fidelity})
+    return {
+        "format": "discopt-results",
+        "version": 1,
+        "command": COMMAND,
+        "problem": problem.name,
+        "rows": rows,
+        **result.to_dict(),
+        "budget": [int(limit) for limit in problem.space.budget],
+        "optimum": _number(problem.optimum),
+        "seed": request.seed,
+        "profile_summary": profile_lines(problem.space, result.profile),
+        "continued": folder.request.get("continued", 0) if folder is not None else 0,
+        "folder": str(folder.path) if folder is not None else None,
+    }
+
+
+def _write(request: SolveRequest, loaded: Loaded, result: Result, results: dict[str, Any], folder: RunFolder) -> None:
+    """The answer's files; results.json last, for it says that the others are there."""
+    picture = False
+    if result.fidelity:
+        space = loaded.problem.space
+        units = [{"name": name, "level": int(level)} for name, level in zip(space.names, result.profile, strict=True)]
+        kept = {key: results[key] for key in ("problem", "loss", "fidelity", "cost", "budget")}
+        folder.write_json(
+            "profile.json", {"format": "discopt-profile", "version": 1, "kind": COMMAND, **kept, "units": units}
+        )
+        picture = _draw(request, loaded, result, folder)
+    command = request.command_line(folder.path)
+    folder.write_text("report.md", solve_report(results, folder.request, command, loaded.problem.note, picture))
+    folder.write_json("results.json", results)
+
+
+def _draw(request: SolveRequest, loaded: Loaded, result: Result, folder: RunFolder) -> bool:
+    """Whether there is a picture of the trace: not without matplotlib, nor if nothing finite was measured."""
+    if not any(line["best"] is not None for line in result.trace):
+        return False
+    try:
+        plot_trace(result.trace, folder.path / "trace.png", unit=_unit(request), title=loaded.problem.name)
+    except RunFolderError:
+        raise
+    except DiscoptError as error:
+        _log.info("no picture: %s", error)
+        return False
+    return True
+
+
+def _unit(request: SolveRequest) -> str:
+    """At fidelity 1 throughout, fidelity spent is the number of evaluations."""
+    stages = request.settings().stages
+    plain = all(stage.fidelity == 1 for stage in stages) and request.start_fidelity in (None, 1)
+    return "evaluations" if plain else "fidelity"
+
+
+def _current_results(folder: RunFolder) -> dict[str, Any] | None:
+    """The results of the run's last part; None if that part was killed, or has not ended."""
+    if not folder.has("results.json"):
+        return None
+    results = folder.read_json("results.json")
+    if not isinstance(results, dict) or results.get("continued", 0) != folder.request.get("continued", 0):
+        return None
+    return results
+
+
+def _stop(results: Mapping[str, Any]) -> StopReason:
+    try:
+        return StopReason(results.get("stop"))
+    except ValueError:
+        return StopReason.INTERRUPTED
+
+
+def _space_checksum(space: SearchSpace) -> str:
+    digest = hashlib.sha256(repr((space.names, space.cost.shape)).encode())
+    for array in (space.cost, space.budget, space.group, space.allowed):
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _number(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
