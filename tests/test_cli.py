@@ -1,0 +1,744 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from discopt import cli
+from discopt.cli import app
+from discopt.folder import RunFolder
+from discopt.optimizers import StopReason
+from discopt.plots import plot_trace
+
+PROGRAM = [sys.executable, "-c", "from discopt.cli import main; main()"]
+OWN = """
+import json, os, time
+import numpy as np
+from discopt import SearchSpace, as_objective
+from discopt.problems import Problem
+
+SPACE = SearchSpace.cardinality(12, 4, names=[f"u{i}" for i in range(12)])
+WEIGHT = np.arange(12) / 8  # best: the last four
+
+def total(population):
+    return -(population * WEIGHT).sum(axis=1)
+
+def sampled(population, fidelity, seed):
+    noise = np.random.default_rng(seed).normal(size=(len(population), 4))
+    return total(population)[:, None] + noise / fidelity
+
+linear = Problem("linear", SPACE, as_objective(total), optimum=-4.75, note="The last four are best.")
+noisy = Problem("noisy", SPACE, as_objective(sampled))
+number = 3
+
+def made():
+    return linear
+
+def needs(n, m=1):
+    return linear
+
+def slow():
+    def loss(population):
+        time.sleep(float(os.environ.get("PAUSE", "0.05")))
+        return total(population)
+    return Problem("slow", SPACE, as_objective(loss))
+
+def talks():
+    print("made")
+    def loss(population):
+        print("measured")
+        os.system("echo by a child")
+        return total(population)
+    return Problem("talks", SPACE, as_objective(loss))
+
+def bad_answer():
+    return Problem("bad", SPACE, as_objective(lambda population: total(population)[:-1]))
+
+def raises():
+    def loss(population):
+        return 1 / 0
+    return Problem("raises", SPACE, as_objective(loss))
+
+def fails_later():
+    def loss(population):
+        if os.path.exists("broken"):
+            raise RuntimeError("the measuring\\nbroke")
+        return total(population)
+    return Problem("later", SPACE, as_objective(loss))
+
+def nan():
+    return Problem("nan", SPACE, as_objective(lambda population: np.full(len(population), np.nan)))
+
+def big():
+    space = SearchSpace.cardinality(5000, 50)
+    return Problem("big", space, as_objective(lambda population: -population[:, :100].sum(axis=1)))
+
+def tight():
+    return Problem("tight", SearchSpace.build(np.tile([3, 4], (5, 1)), 14), as_objective(total))
+
+def wrong_cost():
+    return Problem("wrong", SearchSpace.build(np.zeros((2, 2)), 14), as_objective(total))
+"""
+
+
+@pytest.fixture(autouse=True)
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with own.py in it, as the current one."""
+    path = tmp_path / "own.py"
+    path.write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("discopt.solve.plot_trace", lambda *_, **__: None)  # pictures take their time
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    )
+    yield path
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def line_of(code: str) -> int:
+    """The line of own.py that holds `code`."""
+    return next(number for number, line in enumerate(OWN.splitlines(), start=1) if code in line)
+
+
+def call(*words: str | Path) -> Any:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def solve(name: str, *words: str | Path) -> Any:
+    return call("solve", f"own.py:{name}", *words)
+
+
+def refused(result: Any, code: int = 1) -> str:
+    """The one line of a command that failed for the user's sake."""
+    assert result.exit_code == code
+    assert "Traceback" not in result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert result.stdout == ""
+    return str(lines[0])
+
+
+def answer(path: Path) -> Any:
+    """All of a run's result that does not tell the time."""
+    results = json.loads((path / "results.json").read_text())
+    trace = [{k: v for k, v in line.items() if k != "seconds"} for line in RunFolder.open(path).trace()]
+    return {k: v for k, v in results.items() if k not in ("seconds", "folder", "continued")}, trace
+
+
+def start(*words: str | Path, **environment: str) -> subprocess.Popen[str]:
+    """The program in a process of its own, with Ctrl-C as on a terminal."""
+    return subprocess.Popen(
+        [*PROGRAM, *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def wait_for_lines(path: Path, count: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        if path.exists() and path.read_bytes().count(b"\n") >= count:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    raise AssertionError(f"no {count} lines in {path}")
+
+
+# solve
+
+
+def test_the_optimum_of_an_own_problem_is_found_and_said() -> None:
+    result = solve("linear", "--generations", "60", "--quiet")
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    lines = [line.split(maxsplit=2) for line in result.stdout.splitlines()]
+    assert lines[0] == ["problem", "linear"]
+    assert "best loss  -4.75 at fidelity 1" in result.stdout
+    assert "optimum    -4.75 is known (gap 0)" in result.stdout
+    assert "cost       4 of 4 (100.0%)" in result.stdout
+    assert "level 1: 4 units: u8, u9, u10, u11" in result.stdout
+    assert "stopped    all generations are done" in result.stdout
+    assert not list(Path().glob("run*"))
+
+
+@pytest.mark.parametrize("target", ["own.py:made", "own:linear", "./own.py:linear"])
+def test_a_target_is_a_problem_or_a_function_in_a_file_or_a_module(target: str) -> None:
+    assert "problem    linear" in call("solve", target, "--generations", "2", "--quiet").stdout
+
+
+def test_a_file_may_import_its_neighbours_and_have_any_name(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "neighbour_of_json.py").write_text(OWN)
+    (tmp_path / "sub" / "json.py").write_text("from neighbour_of_json import linear\n")
+    assert call("solve", "sub/json.py:linear", "--generations", "1", "--json").exit_code == 0
+    assert sys.modules["json"] is json
+
+
+def test_progress_goes_to_standard_error() -> None:
+    result = solve("linear", "--generations", "3")
+    assert "linear: generation 3 · best" in result.stderr
+    assert "generation 3 ·" not in result.stdout
+
+
+def test_json_is_one_object_whatever_the_problem_prints(capfd: pytest.CaptureFixture[str]) -> None:
+    process = start("solve", "own.py:talks", "--generations", "2", "--json")
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 0
+    document = json.loads(stdout)
+    assert stdout.count("\n") == 1
+    assert document["problem"] == "talks"
+    assert document["stop"] == StopReason.GENERATIONS.value
+    assert document["rows"][-1] == {"method": "evopress", "loss": document["loss"], "fidelity": 1}
+    for line in ("made", "measured", "by a child"):
+        assert line in stderr.splitlines()
+
+
+def test_the_profile_of_a_big_problem_is_summarised() -> None:
+    result = solve("big", "--generations", "1", "--quiet")
+    assert "level 0: 4,950 units\n" in result.stdout
+    assert len(result.stdout) < 1000
+
+
+def test_same_options_same_run() -> None:
+    first, second, other = (
+        json.loads(solve("noisy", "--generations", "5", "--seed", seed, "--json", "--quiet").stdout) for seed in "112"
+    )
+    for document in (first, second, other):
+        del document["seconds"]
+    assert first == second
+    assert first["profile"] != other["profile"] or first["loss"] != other["loss"]
+
+
+def test_every_option_arrives(tmp_path: Path) -> None:
+    words = "--generations 7 --offspring 6 --parents 2 --stage 4@3 --stage 2@9 --start random --start-candidates 5 "
+    words += "--start-fidelity 2 --switches 1,0,2 --rule across --max-evaluations 900 --max-fidelity 9000 "
+    words += "--max-seconds 90 --target-loss -99 --stagnation 80 --seed 3 --quiet --out run"
+    assert solve("noisy", *words.split()).exit_code == 0
+    run = RunFolder.open("run")
+    assert run.request["options"] == {
+        "target": "own.py:noisy",
+        "generations": 7,
+        "offspring": 6,
+        "parents": 2,
+        "stages": ["4@3", "2@9"],
+        "start": "random",
+        "start_profile": None,
+        "start_candidates": 5,
+        "start_fidelity": 2,
+        "switches": [1.0, 0.0, 2.0],
+        "rule": "across",
+        "algorithm": "evopress",
+        "max_evaluations": 900,
+        "max_fidelity": 9000,
+        "max_seconds": 90.0,
+        "target_loss": -99.0,
+        "stagnation": 80,
+        "seed": 3,
+    }
+    first = run.trace()[0]
+    assert (first["candidates"], first["fidelity"]) == (5, 2)
+    assert {(line["stage"], line["fidelity"]) for line in run.trace()[1:]} == {(1, 3), (2, 9)}
+    report = (tmp_path / "run" / "report.md").read_text()
+    command = next(line for line in report.splitlines() if line.startswith("discopt solve"))
+    again = call(*[word for word in command.split()[1:] if word != "run"], "again")
+    assert again.exit_code == 0
+    assert answer(tmp_path / "again")[1] == answer(tmp_path / "run")[1]
+
+
+def test_random_search_draws_as_many_as_the_generations_would_have(tmp_path: Path) -> None:
+    words = ["--algorithm", "random", "--generations", "5", "--offspring", "7", "--stage", "1@3", "--json", "--quiet"]
+    document = json.loads(solve("noisy", *words).stdout)
+    assert (document["evaluations"], document["fidelity"], document["rows"][-1]["method"]) == (35, 3, "random")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "stop"),
+    [
+        ("--max-evaluations", "60", StopReason.EVALUATIONS),
+        ("--max-fidelity", "60", StopReason.FIDELITY),
+        ("--max-seconds", "0.000001", StopReason.TIME),
+        ("--target-loss", "-3", StopReason.TARGET),
+        ("--stagnation", "3", StopReason.STAGNATION),
+    ],
+)
+def test_each_limit_stops_a_search(option: str, value: str, stop: StopReason) -> None:
+    document = json.loads(solve("linear", option, value, "--json", "--quiet").stdout)
+    assert document["stop"] == stop.value
+
+
+def test_a_run_folder_holds_the_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("discopt.solve.plot_trace", plot_trace)
+    result = solve("linear", "--generations", "40", "--out", "run", "--json", "--quiet")
+    names = {"run.json", "trace.jsonl", "checkpoint.json", "results.json", "profile.json", "report.md", "trace.png"}
+    assert {entry.name for entry in (tmp_path / "run").iterdir()} == names
+    run = RunFolder.open("run")
+    assert run.read_json("results.json") == json.loads(result.stdout)
+    profile = run.read_json("profile.json")
+    assert (profile["format"], profile["version"], profile["kind"]) == ("discopt-profile", 1, "solve")
+    assert [unit["name"] for unit in profile["units"] if unit["level"]] == ["u8", "u9", "u10", "u11"]
+    report = (tmp_path / "run" / "report.md").read_text()
+    for part in ("# linear", "The last four are best.", "-4.75 at fidelity 1", "trace.png", "discopt resume run"):
+        assert part in report
+
+
+def test_without_matplotlib_there_is_no_picture_and_all_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr("discopt.solve.plot_trace", plot_trace)
+    assert solve("linear", "--generations", "2", "--out", "run", "--quiet").exit_code == 0
+    assert not (tmp_path / "run" / "trace.png").exists()
+    assert "trace.png" not in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_a_search_starts_from_another_ones_profile(tmp_path: Path) -> None:
+    solve("linear", "--generations", "60", "--out", "run", "--quiet")
+    words = ["--generations", "0", "--start-candidates", "1", "--quiet", "--json", "--start"]
+    for file in ("run/profile.json", "plain.json"):
+        (tmp_path / "plain.json").write_text(str([0] * 8 + [1] * 4))
+        document = json.loads(solve("linear", *words, file, "--generations", "1").stdout)
+        assert document["loss"] == -4.75
+
+
+# what is the user's to mend
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("nowhere.py:x", "there is no file nowhere.py"),
+        ("nowhere:x", "there is no module 'nowhere'"),
+        ("own.py:lnear", "own.py has no 'lnear'; it has: linear, noisy, made, slow, talks"),
+        ("own.py:number", "own.py:number must be a discopt.problems.Problem or return one, got int"),
+        ("own.py:needs", "own.py:needs must work without arguments, but it requires n"),
+        ("own.py:raises", "the objective raised ZeroDivisionError on 15 profiles at fidelity 1, seed"),
+        ("own.py:raises", f"division by zero (own.py:{line_of('1 / 0')})"),
+        ("own.py:bad_answer", "the objective must answer with shape (15,) or (15, s), got (14,)"),
+        ("own.py:tight", "no profile meets the budget 14: the cheapest costs 15, the dearest 20"),
+        ("own.py:wrong_cost", "cannot load own.py:wrong_cost: TypeError: cost must be integers"),
+        ("own.py:nan", "no profile was found: all"),
+        ("text.txt:x", "there is no module 'text.txt'"),
+    ],
+)
+def test_a_mistake_in_an_own_problem_is_one_line(target: str, message: str) -> None:
+    result = call("solve", target, "--generations", "2", "--quiet")
+    if target == "own.py:nan":
+        result.stdout_bytes = b""
+    assert message in refused(result)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("x = (1,\ny = 2", "cannot load other.py: '(' was never closed (other.py:1)"),
+        (
+            "\nimport no_such_module",
+            "cannot load other.py: ModuleNotFoundError: No module named 'no_such_module' (other.py:2)",
+        ),
+        ("def f():\n    raise ValueError('no\\nway')\nf()", "cannot load other.py: ValueError: no way (other.py:2)"),
+        ("raise SystemExit(3)", "cannot load other.py: SystemExit: 3 (other.py:1)"),
+        ("x = 1", "other.py has no 'problem'; it has: none that is a Problem or makes one"),
+    ],
+)
+def test_a_file_that_does_not_load_is_one_line(tmp_path: Path, code: str, message: str) -> None:
+    (tmp_path / "other.py").write_text(code)
+    assert refused(call("solve", "other.py:problem", "--json")) == f"error: {message}"
+
+
+def test_a_module_that_does_not_load_is_not_a_missing_one(tmp_path: Path) -> None:
+    (tmp_path / "other.py").write_text("import no_such_module")
+    assert "cannot load other: ModuleNotFoundError: No module named 'no_such_module'" in refused(
+        call("solve", "other:x")
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("own.py", "expected FILE.py:NAME or module:NAME, got 'own.py'"),
+        ("own.py:linear --stage 8", "a stage is written SURVIVORS@FIDELITY, such as 8@2048, got '8'"),
+        ("own.py:linear --stage 2@5 --stage 4@9 --stage 1@10", "survivors must not grow"),
+        ("own.py:linear --stage 2@5", "the last stage must keep the 1 parents, got 2@5"),
+        ("own.py:linear --switches a", "switches are weights such as 5,3,1, got 'a'"),
+        ("own.py:linear --switches 0,0", "switches must be weights"),
+        ("own.py:linear --rule sideways", "rule must be within or across, got 'sideways'"),
+        ("own.py:linear --algorithm tabu", "algorithm must be evopress or random, got 'tabu'"),
+        ("own.py:linear --max-seconds -1", "the limit of seconds must be above 0, got -1"),
+        ("own.py:linear --generations -1", "greater than or equal to 0"),
+        ("own.py:linear --seed x", "integer"),
+        ("own.py:linear --no-such-option", "No such option"),
+        ("", "Missing argument"),
+    ],
+)
+def test_a_wrong_option_exits_with_2(words: str, message: str) -> None:
+    result = call("solve", *words.split())
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read start.json: No such file or directory"),
+        ("{", "start.json is not JSON"),
+        ('{"units": [{"name": "u0"}]}', "start.json is no profile: expected a list of levels"),
+        ("[0, 1.5]", "start.json is no profile"),
+        ("[0, 1]", "own.py:linear: a profile must be 12 integers, got shape (2,)"),
+        (str([1] * 12), "own.py:linear: a profile must cost at most 4, got 12"),
+        (str([7] * 12), "own.py:linear: level 7 of unit 'u0' is not allowed"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_one_line_and_leaves_no_folder(
+    tmp_path: Path, content: str | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / "start.json").write_text(content)
+    assert message in refused(solve("linear", "--start", "start.json", "--out", "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_that_exists_is_kept_without_force(tmp_path: Path) -> None:
+    solve("linear", "--generations", "2", "--out", "run", "--quiet")
+    before = {entry: entry.read_bytes() for entry in (tmp_path / "run").iterdir()}
+    message = refused(solve("linear", "--out", "run"))
+    assert message == "error: run exists already; choose another --out, or pass --force to replace it"
+    assert {entry: entry.read_bytes() for entry in (tmp_path / "run").iterdir()} == before
+    assert solve("linear", "--generations", "1", "--out", "run", "--force", "--quiet").exit_code == 0
+
+
+def test_our_own_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("discopt.solve.begin", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        solve("linear")
+
+
+# resume
+
+
+def test_a_finished_run_says_so_and_prints_its_result_again(tmp_path: Path) -> None:
+    first = solve("linear", "--generations", "5", "--out", "run", "--json", "--quiet")
+    before = {entry: entry.read_bytes() for entry in (tmp_path / "run").iterdir()}
+    again = call("resume", "run", "--json")
+    assert again.exit_code == 0
+    assert again.stdout == first.stdout
+    assert "run is finished: all generations are done" in again.stderr
+    assert "best loss" in call("resume", "run").stdout
+    assert {entry: entry.read_bytes() for entry in (tmp_path / "run").iterdir()} == before
+
+
+@pytest.mark.parametrize("algorithm", ["evopress", "random"])
+@pytest.mark.parametrize("limit", [["--max-evaluations", "100"], ["--max-fidelity", "300"], ["--max-seconds", "0.001"]])
+def test_a_run_that_a_limit_ended_goes_on_to_the_undisturbed_end(
+    tmp_path: Path, limit: list[str], algorithm: str
+) -> None:
+    common = ["--generations", "12", "--stage", "1@4", "--algorithm", algorithm, "--quiet", "--out"]
+    assert solve("noisy", *common, "whole").exit_code == 0
+    assert solve("noisy", *common, "part", *limit).exit_code == 0
+    assert answer(tmp_path / "part")[0]["evaluations"] < answer(tmp_path / "whole")[0]["evaluations"]
+    assert call("resume", "part", "--quiet").exit_code == 0
+    assert answer(tmp_path / "part") == answer(tmp_path / "whole")
+    assert "is finished" in call("resume", "part").stderr
+
+
+def test_a_limit_can_be_replaced_step_by_step(tmp_path: Path) -> None:
+    common = ["--generations", "12", "--quiet", "--out"]
+    solve("noisy", *common, "whole")
+    solve("noisy", *common, "part", "--max-evaluations", "60")
+    for limit in (100, 140):
+        document = json.loads(call("resume", "part", "--max-evaluations", limit, "--json", "--quiet").stdout)
+        assert limit - 17 < document["evaluations"] <= limit
+        assert RunFolder.open("part").request["options"]["max_evaluations"] == limit
+    call("resume", "part", "--quiet")
+    assert answer(tmp_path / "part") == answer(tmp_path / "whole")
+
+
+def test_a_goal_that_is_met_ends_a_run_until_there_is_another(tmp_path: Path) -> None:
+    solve("linear", "--generations", "60", "--target-loss", "-3", "--quiet", "--out", "run")
+    assert "run is finished: the target loss is reached" in call("resume", "run", "--quiet").stderr
+    document = json.loads(call("resume", "run", "--target-loss", "-4.75", "--json", "--quiet").stdout)
+    assert (document["loss"], document["stop"]) == (-4.75, StopReason.TARGET.value)
+
+
+def test_a_run_can_be_resumed_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    solve("linear", "--generations", "8", "--max-evaluations", "40", "--quiet", "--out", "run")
+    (tmp_path / "else").mkdir()
+    monkeypatch.chdir(tmp_path / "else")
+    assert call("resume", tmp_path / "run", "--quiet").exit_code == 0
+
+
+def test_an_objective_that_fails_can_be_mended_and_gone_on_with(tmp_path: Path) -> None:
+    common = ["--generations", "12", "--quiet", "--out"]
+    solve("fails_later", *common, "whole")
+    solve("fails_later", *common, "run", "--max-evaluations", "60")
+    (tmp_path / "broken").touch()
+    message = refused(call("resume", "run", "--quiet"))
+    assert "RuntimeError" in message
+    place = f"own.py:{line_of('raise RuntimeError')}"
+    assert f"the measuring broke ({place}); mend it and go on with: discopt resume run" in message
+    (tmp_path / "broken").unlink()
+    assert call("resume", "run", "--quiet").exit_code == 0
+    assert answer(tmp_path / "run") == answer(tmp_path / "whole")
+
+
+def test_another_problem_under_the_same_name_is_refused(own: Path) -> None:
+    solve("linear", "--generations", "8", "--max-evaluations", "40", "--quiet", "--out", "run")
+    own.write_text(OWN.replace("cardinality(12, 4", "cardinality(12, 5"))
+    message = refused(call("resume", "run"))
+    assert "own.py:linear is not the problem that run began with: its units, costs or budget differ" in message
+
+
+def test_changed_code_is_said(own: Path) -> None:
+    solve("linear", "--generations", "8", "--max-evaluations", "40", "--quiet", "--out", "run")
+    own.write_text(OWN + "\n# a note\n")
+    result = call("resume", "run", "--quiet")
+    assert result.exit_code == 0
+    assert result.stderr == "warning: own.py has changed since the run began\n"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: (run / "run.json").unlink(), "run is not a run folder: it has no run.json"),
+        (lambda run: (run / "run.json").write_text("{"), "run.json is damaged: it is not whole JSON"),
+        (lambda run: (run / "checkpoint.json").write_text("{}"), "checkpoint.json is not ours"),
+        (lambda run: os.truncate(run / "checkpoint.json", 300), "checkpoint.json is damaged: it is not whole JSON"),
+        (lambda run: (run / "trace.jsonl").unlink(), "trace.jsonl is damaged: it has 0 whole lines"),
+        (lambda run: (run / "results.json").write_text("["), "results.json is damaged"),
+        (
+            lambda run: change(run, options={"target": "own.py:linear", "color": 3}),
+            "the options in run.json are damaged",
+        ),
+        (lambda run: change(run, options=3), "the options in run.json are damaged"),
+        (
+            lambda run: change(run, options={"target": "own.py:linear", "stages": ["1"]}),
+            "the options in run.json are damaged",
+        ),
+        (
+            lambda run: change(run, command="make tea"),
+            "run is a run of 'make tea', which no installed package can go on with",
+        ),
+    ],
+)
+def test_a_damaged_run_is_refused_in_one_line(tmp_path: Path, damage: Any, message: str) -> None:
+    solve("linear", "--generations", "8", "--max-evaluations", "40", "--quiet", "--out", "run")
+    damage(tmp_path / "run")
+    assert message in refused(call("resume", "run", "--json"))
+
+
+def change(run: Path, **changes: Any) -> None:
+    document = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**document, **changes}))
+
+
+def test_a_missing_run_is_one_line() -> None:
+    assert refused(call("resume", "nowhere")) == "error: nowhere does not exist"
+
+
+# signals
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_keeps_the_best_and_goes_on_to_the_undisturbed_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    common = ["own.py:slow", "--generations", "25", "--out"]
+    process = start("solve", *common, "run")
+    wait_for_lines(tmp_path / "run" / "trace.jsonl", 4, process)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert "interrupted; go on with: discopt resume run" in stderr
+    assert "best loss" in stdout
+    assert "stopped     interrupted; resume to go on" in stdout
+    results, trace = answer(tmp_path / "run")
+    assert results["stop"] == StopReason.INTERRUPTED.value
+    assert 4 <= len(trace) < 25
+
+    monkeypatch.setenv("PAUSE", "0")
+    assert call("resume", "run", "--quiet").exit_code == 0
+    assert call("solve", *common, "whole", "--quiet").exit_code == 0
+    assert answer(tmp_path / "run") == answer(tmp_path / "whole")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_a_killed_run_goes_on_to_the_undisturbed_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = ["own.py:slow", "--generations", "50", "--out"]
+    for lines in (1, 25, 45):
+        process = start("solve", *common, "run") if lines == 1 else start("resume", "run")
+        wait_for_lines(tmp_path / "run" / "trace.jsonl", lines, process)
+        process.kill()
+        process.communicate()
+    monkeypatch.setenv("PAUSE", "0")
+    assert call("resume", "run", "--quiet").exit_code == 0
+    assert call("solve", *common, "whole", "--quiet").exit_code == 0
+    assert answer(tmp_path / "run") == answer(tmp_path / "whole")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_an_interrupt_before_any_measurement_is_a_clean_end(tmp_path: Path) -> None:
+    process = start("solve", "own.py:slow", "--out", "run", "--json", PAUSE="30")
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "run" / "run.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert json.loads(stdout)["loss"] is None
+    assert not (tmp_path / "run" / "profile.json").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_sigterm_ends_a_background_job_that_ignores_ctrl_c(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*PROGRAM, "solve", "own.py:slow", "--out", "run"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    wait_for_lines(tmp_path / "run" / "trace.jsonl", 2, process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert "go on with: discopt resume run" in process.communicate(timeout=20)[1]
+    assert process.returncode == 130
+
+
+# the program
+
+
+def test_help_has_examples_and_version_is_one_line() -> None:
+    for words in ([], ["solve"], ["resume"]):
+        result = call(*words, "--help")
+        assert result.exit_code == 0
+        assert "Examples:" in result.stdout
+        assert "discopt " + (words[0] if words else "solve") in result.stdout
+    assert call("--version").stdout.startswith("discopt ")
+
+
+def test_help_loads_neither_the_search_nor_the_pictures() -> None:
+    code = (
+        "import sys\nfrom discopt.cli import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('scipy', 'matplotlib', 'torch', 'discopt.solve') if m in sys.modules], file=sys.stderr)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stderr.strip() == "[]"
+
+
+class EntryPoint:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def load(self) -> Any:
+        if isinstance(self.value, Exception):
+            raise self.value
+        return self.value
+
+
+@pytest.fixture
+def add_entry_points(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def add(group: str, **values: Any) -> None:
+        found = {name: EntryPoint(value) for name, value in values.items()}
+        monkeypatch.setattr(cli, "_entry_points", lambda wanted: found if wanted == group else {})
+
+    return add
+
+
+def test_other_packages_add_commands(add_entry_points: Any) -> None:
+    other = typer.Typer(help="Of another package.")
+
+    @other.command()
+    def drop() -> None:
+        """Drop blocks."""
+        typer.echo("dropped")
+
+    @other.command()
+    def fail() -> None:
+        """Fail."""
+        raise cli.DiscoptError("two\nlines")
+
+    add_entry_points(cli.COMMANDS, llm=other)
+    assert "Of another package." in call("--help").stdout
+    assert call("llm", "drop").stdout == "dropped\n"
+    assert refused(call("llm", "fail")) == "error: two lines"
+
+
+def test_a_broken_package_breaks_only_its_own_command(add_entry_points: Any) -> None:
+    add_entry_points(cli.COMMANDS, llm=ImportError("No module named 'torch'"))
+    assert "No module named 'torch'" in call("--help").stdout
+    assert solve("linear", "--generations", "1", "--quiet").exit_code == 0
+    message = refused(call("llm", "drop", "model", "--sparsity", "0.5"))
+    assert message == "error: the command 'llm' cannot be loaded: ImportError: No module named 'torch'"
+
+
+def test_other_packages_resume_their_runs(add_entry_points: Any, tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run", {"command": "llm"})
+    asked: dict[str, Any] = {}
+
+    def go_on(folder: RunFolder, *, quiet: bool) -> dict[str, Any]:
+        asked.update(path=folder.path, quiet=quiet)
+        return {"rows": [{"method": "evolved", "kl": 0.25, "tokens": 2048}, {"method": "dense", "kl": None}]}
+
+    add_entry_points(cli.RESUME, llm=go_on)
+    assert call("resume", folder.path, "--quiet").stdout.splitlines() == [
+        "method     kl  tokens",
+        "evolved  0.25   2,048",
+        "dense       -       -",
+    ]
+    assert asked == {"path": folder.path, "quiet": True}
+    assert json.loads(call("resume", folder.path, "--json").stdout)["rows"][0]["kl"] == 0.25
+    result = call("resume", folder.path, "--max-evaluations", "5")
+    assert result.exit_code == 2
+    assert "only for runs of `discopt solve`" in " ".join(result.stderr.replace("│", " ").split())
+    add_entry_points(cli.RESUME, llm=ImportError("no torch"))
+    assert "what goes on with a run of 'llm' cannot be loaded: no torch" in refused(call("resume", folder.path))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on file sizes")
+def test_a_full_disk_ends_a_run_in_one_line_and_it_goes_on_when_there_is_room(tmp_path: Path) -> None:
+    import resource
+
+    common = ["solve", "own.py:noisy", "--generations", "30", "--quiet", "--out"]
+    run = subprocess.run(
+        [*PROGRAM, *common, "run"],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: (
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000)),
+        ),
+    )
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr == "error: cannot write run/trace.jsonl: File too large\n"
+    assert call("resume", "run", "--quiet").exit_code == 0
+    assert call(*common, "whole").exit_code == 0
+    assert answer(tmp_path / "run") == answer(tmp_path / "whole")
