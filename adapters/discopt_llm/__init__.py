@@ -1,0 +1,1 @@
+"""Compressing causal language models with discopt: dropping attention and MLP sub-blocks."""

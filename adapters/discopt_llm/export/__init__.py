@@ -1,0 +1,1 @@
+"""Compressed models in formats that other programs load."""

@@ -1,0 +1,70 @@
+"""Profiles side by side on text that no search has seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from discopt.progress import task
+from discopt.space import Levels
+from discopt_llm.calibration import Calibration
+from discopt_llm.drop import DropLevels
+from discopt_llm.evaluator import Evaluator
+from discopt_llm.fitness import KL, Disagreement, Fitness, Perplexity
+
+BATCH = 2  # sequences measured between two steps of the progress bar
+MOST_NLL = 700.0  # nats; beyond it perplexity leaves the range of float64
+MEASURES: tuple[Fitness, ...] = (KL(), Perplexity(), Disagreement())
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A profile to compare, and what it took to find it."""
+
+    name: str
+    profile: Levels  # (n,)
+    tokens: int  # spent searching
+
+
+def heldout_rows(
+    evaluator: Evaluator, levels: DropLevels, methods: Sequence[Method], heldout: Calibration, *, quiet: bool = False
+) -> list[dict[str, Any]]:
+    """A table row for every method: `method`, `kl`, `kl_error`, `perplexity`, `agreement`, `tokens`, `bytes`.
+
+    KL to the teacher is in nats per token, `kl_error` its standard error over sequences, `agreement` the share of
+    positions where teacher and student find the same token likeliest, `tokens` what the search for the profile
+    spent, and `bytes` what the student's parameters take in the teacher's data type.
+    """
+    population = np.stack([method.profile for method in methods])
+    sequences = list(heldout.sequences)
+    parts = []
+    with task("held-out text", len(sequences), unit="sequences", quiet=quiet) as progress:
+        for first in range(0, len(sequences), BATCH):
+            batch = sequences[first : first + BATCH]
+            parts.append(evaluator.measure(population, batch, MEASURES))
+            progress.advance(len(batch))
+    # Sequences are equally long, so each column is its sequence's mean.
+    kl, nll, disagreement = (np.concatenate(columns, axis=1) for columns in zip(*parts, strict=True))
+    whole = sum(p.numel() * p.element_size() for p in evaluator.model.parameters())  # tied ones once
+    error = kl.std(axis=1, ddof=1) / math.sqrt(kl.shape[1]) if kl.shape[1] > 1 else np.full(len(kl), np.nan)
+    return [
+        {
+            "method": method.name,
+            "kl": _number(kl[i].mean()),
+            "kl_error": _number(error[i]),
+            "perplexity": _number(np.exp(min(nll[i].mean(), MOST_NLL))),
+            "agreement": _number(1 - disagreement[i].mean()),
+            "tokens": method.tokens,
+            "bytes": whole - levels.bytes_dropped(method.profile),
+        }
+        for i, method in enumerate(methods)
+    ]
+
+
+def _number(value: float) -> float | None:
+    """None for a student that answers nothing finite."""
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,27 @@
+"""The loss of compressed models as an objective of the engine: a population, measured on calibration text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from discopt.objective import Losses, Query
+from discopt_llm.calibration import Calibration
+from discopt_llm.evaluator import Evaluator
+from discopt_llm.fitness import Fitness
+
+__all__ = ["CompressionObjective"]
+
+
+@dataclass(frozen=True, eq=False)
+class CompressionObjective:
+    """Fitness of students on the sample of calibration text that fidelity (tokens) and seed draw."""
+
+    evaluator: Evaluator
+    calibration: Calibration
+    fitness: Fitness
+
+    def evaluate(self, query: Query) -> Losses:
+        """Losses of all rows on each sequence of the sample, (k, s), lower is better; see `Evaluator.measure`."""
+        sequences = self.calibration.sample(query.fidelity, query.seed)
+        (losses,) = self.evaluator.measure(query.population, sequences, [self.fitness])
+        return losses

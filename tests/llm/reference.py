@@ -1,0 +1,70 @@
+"""The plain evaluation: one whole forward per row and sequence, full logits, formulas in double precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from discopt_llm.evaluator import Levels
+
+Formula = Callable[[Tensor, Tensor, Tensor], Tensor]  # teacher (L, V), student (L, V), token ids (L,) -> (L or L-1,)
+
+
+def kl(teacher: Tensor, student: Tensor, _: Tensor) -> Tensor:
+    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def kl_top(k: int) -> Formula:
+    def formula(teacher: Tensor, student: Tensor, ids: Tensor) -> Tensor:
+        best = [row.argsort(descending=True)[:k] for row in teacher]
+        pairs = zip(teacher, student, best, strict=True)
+        return torch.cat([kl(t[tokens][None], s[tokens][None], ids) for t, s, tokens in pairs])
+
+    return formula
+
+
+def negative_log_likelihood(_: Tensor, student: Tensor, ids: Tensor) -> Tensor:
+    return -student.log_softmax(-1)[torch.arange(len(ids) - 1), ids[1:]]
+
+
+def total_variation(teacher: Tensor, student: Tensor, _: Tensor) -> Tensor:
+    return (teacher.softmax(-1) - student.softmax(-1)).abs().sum(-1) / 2
+
+
+def disagreement(teacher: Tensor, student: Tensor, _: Tensor) -> Tensor:
+    return (teacher.argmax(-1) != student.argmax(-1)).double()
+
+
+@torch.no_grad()
+def plain_losses(
+    model: nn.Module,
+    levels: Levels,
+    population: NDArray[np.integer],
+    sequences: Sequence[Tensor],
+    formulas: Sequence[Formula],
+) -> list[NDArray[np.float64]]:
+    """What `Evaluator.measure` answers, one whole forward at a time: (k, n) -> one (k, s) per formula."""
+
+    def logits(ids: Tensor) -> Tensor:
+        return model(input_ids=ids[None], use_cache=False).logits[0].double()
+
+    teacher = [logits(ids) for ids in sequences]
+    losses: list[list[list[Tensor]]] = [[] for _ in formulas]
+    for row in population:
+        with ExitStack() as stack:
+            for block, units in enumerate(levels.block_units):
+                stack.enter_context(levels.applied_(block, tuple(row[units].tolist())))
+            student = [logits(ids) for ids in sequences]
+        for formula, found in zip(formulas, losses, strict=True):
+            found.append([formula(t, s, ids) for t, s, ids in zip(teacher, student, sequences, strict=True)])
+    answer = []
+    for of_rows in losses:
+        sums = np.array([[values.sum().item() for values in of_row] for of_row in of_rows])
+        answer.append(sums * len(sequences) / sum(len(values) for values in of_rows[0]))
+    return answer
