@@ -47,7 +47,13 @@ def main() -> None:
         for n, count in SIZES:
             times = measure(n, count, rule, arguments.repeats, arguments.seed)
             aim = AIMS.get((n, count))
-            row = {"rule": rule, "units": n, "offspring": count, "median_ms": float(np.median(times)), "min_ms": min(times)}
+            row = {
+                "rule": rule,
+                "units": n,
+                "offspring": count,
+                "median_ms": float(np.median(times)),
+                "min_ms": min(times),
+            }
             rows.append({**row, "aim_ms": aim})
             print(f"{rule:8} {n:7,} {count:9} {row['median_ms']:10.3f} {row['min_ms']:8.3f} {aim or '':>7}")
     record.write(arguments.out, {"levels": LEVELS, "rows": rows}, seed=arguments.seed)

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from discopt.encoding import checksum, plain, restore
 from discopt.errors import RunFolderError
@@ -42,6 +42,8 @@ ARTEFACTS = (
     "units.png",
     "run.json",
 )
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -227,6 +229,17 @@ class RunFolder:
                 os.fsync(file.fileno())
         except OSError as error:
             raise _os_error("cannot write", path, error) from error
+
+
+def request_of(kind: type[T], options: Mapping[str, Any]) -> T:
+    """The request, a dataclass that checks itself, that run.json holds as `options`; lists become tuples.
+
+    Raises RunFolderError if they make no such request.
+    """
+    try:
+        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise RunFolderError(f"the options in run.json are damaged: {error}") from error
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:

@@ -10,10 +10,10 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from discopt.errors import DiscoptError, ObjectiveError, RunFolderError
-from discopt.folder import RunFolder
+from discopt.folder import RunFolder, request_of
 from discopt.loading import Loaded, explain, load_problem, split_target
 from discopt.optimizers import EvoPress, EvoPressSettings, RandomSearch, Stage, StopReason
 from discopt.plots import plot_trace
@@ -73,15 +73,6 @@ class SolveRequest:
             raise ValueError(f"seed must not be negative, got {self.seed}")
         self.settings()
         self.limits()
-
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> Self:
-        """The request that run.json holds; RunFolderError if it holds something else."""
-        try:
-            lists = {key: tuple(value) for key, value in options.items() if isinstance(value, list)}
-            return cls(**{**options, **lists})
-        except (TypeError, ValueError, AttributeError) as error:
-            raise RunFolderError(f"the options in run.json are damaged: {error}") from error
 
     def settings(self) -> EvoPressSettings:
         stages = tuple(Stage.parse(stage) for stage in self.stages) or (Stage(self.parents, 1),)
@@ -166,7 +157,7 @@ def finished(folder: RunFolder, changes: Mapping[str, Any]) -> dict[str, Any] | 
     results = _current_results(folder)
     if results is None:
         return None
-    stop, request = _stop(results), SolveRequest.from_options(folder.request["options"])
+    stop, request = _stop(results), request_of(SolveRequest, folder.request["options"])
     drawn = request.algorithm == "random" and results.get("evaluations", 0) >= request.generations * request.offspring
     done = stop in _FINAL or drawn or (stop in _GOALS and not changes)
     return {**results, "folder": str(folder.path)} if done else None
@@ -178,7 +169,7 @@ def go_on(folder: RunFolder, changes: Mapping[str, Any], *, quiet: bool, warn: A
     `changes` replaces limits. The limit that ended the run before is lifted where it is not replaced, so that the
     run ends as one without that limit would have. `warn` takes a line the user should see.
     """
-    request = SolveRequest.from_options(folder.request["options"])
+    request = request_of(SolveRequest, folder.request["options"])
     results = _current_results(folder)
     lifted = LIMIT_OPTIONS.get(_stop(results)) if results is not None else None
     try:
