@@ -356,14 +356,19 @@ def test_a_problem_checks_itself():
         Problem("", space, zero)
     with pytest.raises(TypeError, match="space must be a SearchSpace, got int"):
         Problem("p", 4, zero)
-    with pytest.raises(TypeError, match=r"objective must have evaluate\(query\), got function"):
-        Problem("p", space, lambda x: x.sum(axis=1))
+    with pytest.raises(TypeError, match="expected an Objective or a function of the population, got str"):
+        Problem("p", space, "loss")
     with pytest.raises(ValueError, match="optimum must be finite, or None if it is not known, got nan"):
         Problem("p", space, zero, optimum=math.nan)
     with pytest.raises(ValueError, match="fidelity must be at least 1, got 0"):
         Problem("p", space, zero, fidelity=0)
     with pytest.raises(ValueError, match="needs an optimum, got a p problem without one"):
         Problem("p", space, zero).gap(np.zeros((1, 4), dtype=np.int16))
+
+
+def test_a_plain_function_is_an_objective():
+    problem = Problem("p", SearchSpace.cardinality(4, 2), lambda x: x.sum(axis=1))
+    np.testing.assert_array_equal(problem.loss(np.array([[0, 1, 0, 1], [0, 0, 0, 0]])), [2, 0])
 
 
 def test_feature_selection_says_how_many_rows_there_are():
