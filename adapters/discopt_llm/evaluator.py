@@ -9,10 +9,10 @@ time, to the teacher and then to each student, so that no full matrix of logits 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -89,7 +89,7 @@ class Evaluator:
     memory_bytes: bound on hidden states and activations, on the model's device and besides its weights. Where it is
         too small for all students on all sequences, the sequences are cut into micro-batches, and where one sequence
         is too much, the population into slices; one student on one sequence is always held. None: a quarter of the
-        memory that is free when a measurement begins.
+        device's memory, on a CPU an eighth of the machine's and at most 4 GiB.
     tokens_per_call: at most this many tokens run through a block in one call, or one sequence if that is longer.
         None: what suits the device.
     """
@@ -120,9 +120,9 @@ class Evaluator:
         """Losses of every row (k, n) on every sequence of token ids (L_i,): one (k, s) per fitness, lower is better.
 
         A column is the sum of a sequence's losses, scaled so that the mean over columns is the exact mean over
-        positions. Rows that are equal, or equal up to some block, are computed once up to there; neither the order of
-        the rows nor the way the work is cut changes a loss by more than rounding. Without a fitness only the blocks
-        are run.
+        positions. Rows that are equal, or equal up to some block, are computed once up to there. The order of the rows
+        does not matter; who else is in the population, and how the work is cut, change a loss by rounding alone.
+        Without a fitness only the blocks are run.
         """
         rows = np.asarray(population)
         if rows.ndim != 2 or rows.shape[1] != self._units:
@@ -235,10 +235,10 @@ class Evaluator:
 
     def _limits(self) -> _Limits:
         """Half of the memory is for hidden states, the rest for what a block or the head computes in a call."""
-        memory = self.memory_bytes or _free_memory(self.device) // 4
+        memory = self.memory_bytes or _memory(self.device)
         kind = "cpu" if self.device.type == "cpu" else "cuda"
-        vocabulary: int = self.model.get_input_embeddings().weight.shape[0]
-        widest = max(max(p.shape[-2:]) for p in self.anatomy.blocks[0].module.parameters())
+        vocabulary = int(self.model.config.get_text_config().vocab_size)
+        widest = max(size for p in self.anatomy.blocks[0].module.parameters() for size in p.shape[-2:])
         element = self.model.dtype.itemsize
         activations = 8 * widest * element  # of a token in a block, about
         return _Limits(
@@ -283,7 +283,7 @@ class _Plan:
             rows.append(levels.dense_row(b))
             runs = {row: 2 if row is None else levels.runs(b, row) for row in set(rows)}
             key_of = {row: _UNTOUCHED if transparent[b] and not runs[row] else row for row in runs}
-            found = list(dict.fromkeys(key_of[row] for row in rows))
+            found = sorted(set(key_of.values()), key=lambda key: (key is not None, key or ()))
             columns.append([found.index(key_of[row]) for row in rows])
             keys.append(tuple(found))
             passes.append(tuple(0 if key == _UNTOUCHED else runs[key] for key in found))
@@ -341,14 +341,15 @@ def _length(ids: Tensor) -> int:
     return len(ids)
 
 
-def _free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device; on a CPU no more than 4 * MOST_ON_CPU."""
+def _memory(device: torch.device) -> int:
+    """A quarter of a CUDA device's memory, an eighth of the host's, bytes.
+
+    Of all of it, not of what is free: how the work is cut decides how it is rounded, and the same run on the same
+    machine should be the same to the last bit.
+    """
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.get_device_properties(device).total_memory) // 4
     try:
-        table = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = 1024 * int(table["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):  # not Linux
-        return MOST_ON_CPU
-    return min(free, 4 * MOST_ON_CPU)
+        return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8, MOST_ON_CPU)
+    except (AttributeError, ValueError, OSError):  # a system that does not say
+        return MOST_ON_CPU // 4
