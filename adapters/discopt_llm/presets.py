@@ -45,8 +45,8 @@ DROP_PRESETS = {
     ),
     "demo": Preset(
         "minutes on two CPU cores for a model of 100M parameters",
-        offspring=12,
-        stages=(Stage(2, 256), Stage(1, 1024)),
+        offspring=8,
+        stages=(Stage(1, 256), Stage(1, 512)),
         start_candidates=24,
         start_fidelity=256,
         sequence_length=256,
