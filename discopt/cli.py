@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from discopt.console import INTERRUPTED, only_json_on_stdout, terminated_as_interrupted
+from discopt.console import INTERRUPTED, checked, only_json_on_stdout, terminated_as_interrupted
 from discopt.errors import DiscoptError
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def solve(
 
     with only_json_on_stdout(as_json), terminated_as_interrupted():
         named = start in ("auto", "uniform", "random")
-        request = _checked(
+        request = checked(
             lambda: SolveRequest(
                 target=target,
                 generations=generations,
@@ -315,14 +315,6 @@ def _finish(results: Mapping[str, Any], as_json: bool) -> None:
     if results.get("command") == "solve" and results["loss"] is None:
         found = f"all {results['evaluations']} losses were NaN or infinite" if results["fidelity"] else results["stop"]
         raise DiscoptError(f"no profile was found: {found}")
-
-
-def _checked(make: Callable[[], Any]) -> Any:
-    """What the options make; where they make no sense together, a wrong option."""
-    try:
-        return make()
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 def _weights(text: str) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""What every command does around its one call: signals, and a standard output that holds one JSON object."""
+"""What every command does around its one call: wrong options, signals, a standard output that holds one object."""
 
 from __future__ import annotations
 
@@ -7,10 +7,23 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import TypeVar
+
+import typer
+
+T = TypeVar("T")
 
 INTERRUPTED = 130  # exit code of a command that Ctrl-C or SIGTERM ended
+
+
+def checked(make: Callable[[], T]) -> T:
+    """What the options make; where they make no sense, alone or together, a wrong option."""
+    try:
+        return make()
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -116,6 +117,29 @@ def test_the_start_is_uniform_where_the_target_is_a_level() -> None:
     assert with_uniform.best.profile.tolist() == [1] * 24
 
 
+def test_rivals_meet_the_best_start_candidate_at_the_last_fidelity() -> None:
+    space = SearchSpace.cardinality(24, 8)
+    best, worst = (np.isin(np.arange(24), np.argsort(WEIGHTS)[part]).astype(int) for part in (slice(16, 24), slice(8)))
+    settings = EvoPressSettings(rivals=(tuple(worst), tuple(best)), stages=STAGED.stages, offspring=8)
+    optimizer = EvoPress(space, settings)
+    run(optimizer, turns=1)
+    start = optimizer.start
+    contest = optimizer.ask()
+    assert optimizer.describe() == {"generation": 0, "stage": 1}
+    assert contest.fidelity == 32
+    assert start is not None
+    assert contest.population.tolist() == [worst.tolist(), best.tolist(), start.profile.tolist()]
+    optimizer.tell(contest, linear(contest))
+    assert optimizer.best.profile.tolist() == best.tolist()
+    assert optimizer.start is start
+    assert optimizer.describe() == {"generation": 1, "stage": 1}
+
+
+def test_a_rival_that_is_not_feasible_is_refused() -> None:
+    with pytest.raises(ValueError, match="cost at most 1, got 2"):
+        EvoPress(SearchSpace.cardinality(4, 1), EvoPressSettings(rivals=((1, 1, 0, 0),)))
+
+
 def test_several_parents_are_kept_and_all_join_the_last_stage() -> None:
     settings = EvoPressSettings(generations=5, offspring=8, parents=3, stages=(Stage(5, 1), Stage(3, 4)))
     queries = run(EvoPress(SearchSpace.cardinality(24, 8), settings))
@@ -160,11 +184,12 @@ def test_the_best_of_a_plateau_drifts() -> None:
 @settings(max_examples=40, deadline=None)
 def test_a_state_restored_at_any_stage_goes_on_identically(turns: int, seed: int) -> None:
     space = SearchSpace.cardinality(24, 8)
-    straight = EvoPress(space, STAGED, seed=seed)
+    staged = replace(STAGED, rivals=(tuple(space.random(1, np.random.default_rng(9))[0].tolist()),))
+    straight = EvoPress(space, staged, seed=seed)
     queries = run(straight, noisy)
-    stopped = EvoPress(space, STAGED, seed=seed)
+    stopped = EvoPress(space, staged, seed=seed)
     run(stopped, noisy, turns)
-    resumed = EvoPress(space, STAGED, seed=seed + 1)
+    resumed = EvoPress(space, staged, seed=seed + 1)
     resumed.restore(json.loads(json.dumps(stopped.state())))
     rest = run(resumed, noisy)
     assert [q.seed for q in rest] == [q.seed for q in queries[turns:]]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from discopt.console import INTERRUPTED, only_json_on_stdout, terminated_as_interrupted
+from discopt.console import INTERRUPTED, checked, only_json_on_stdout, terminated_as_interrupted
 from discopt.errors import DiscoptError
 
 app = typer.Typer(name="llm", no_args_is_help=True, help="Compress a language model by search on its real loss.")
@@ -70,7 +70,12 @@ def drop(
         _search(metavar="SURVIVORS@TOKENS", help="A stage of selection; once for each, such as 2@2048."),
     ] = None,
     start: Annotated[
-        str | None, _search(metavar="RUN_OR_FILE", help="A profile to start from, JSON or the official text format.")
+        str | None,
+        _search(
+            metavar="random|heuristics|RUN_OR_FILE",
+            help="Start from the best of random profiles (preset paper), from that or a heuristic that beats it "
+            "(fast, demo), or from a profile, JSON or the official text format.",
+        ),
     ] = None,
     fitness: Annotated[
         str, _search(metavar="kl|kl-topk[:K]|ppl|tv", help="The loss to search on.", show_default=True)
@@ -113,8 +118,8 @@ def drop(
     with only_json_on_stdout(as_json), terminated_as_interrupted():
         from discopt_llm.search import DropRequest, begin_drop
 
-        try:
-            request = DropRequest(
+        request = checked(
+            lambda: DropRequest(
                 model=model,
                 sparsity=sparsity,
                 unit=unit,  # type: ignore[arg-type]  # checked by the request
@@ -137,8 +142,7 @@ def drop(
                 trust_remote_code=trust_remote_code,
                 seed=seed,
             )
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from error
+        )
         results = begin_drop(request, out, force=force, quiet=quiet, say=_say(quiet))
     _finish_run(results, as_json)
 

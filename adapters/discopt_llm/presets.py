@@ -20,6 +20,8 @@ class Preset:
     baseline_tokens: int  # for scores of the dense model
     eval_tokens: int | None  # held-out; None is all there is
     generations: int | None = None  # None: k (n - k) / 1.5 to drop k of n blocks
+    start: str = "heuristics"  # "random" is the paper's; "heuristics" lets those compete with the best random one
+    switches: tuple[float, ...] = (5, 3, 1)
 
 
 DROP_PRESETS = {
@@ -32,6 +34,7 @@ DROP_PRESETS = {
         sequence_length=8192,
         baseline_tokens=32768,
         eval_tokens=None,
+        start="random",
     ),
     "fast": Preset(
         "EvoPress, Table 8, super-fast: 16 offspring, 1@512 1@8192",
@@ -45,14 +48,15 @@ DROP_PRESETS = {
     ),
     "demo": Preset(
         "minutes on two CPU cores for a model of 100M parameters",
-        offspring=8,
-        stages=(Stage(1, 256), Stage(1, 512)),
-        start_candidates=24,
+        offspring=16,
+        stages=(Stage(2, 256), Stage(1, 1024)),
+        start_candidates=16,
         start_fidelity=256,
         sequence_length=256,
         baseline_tokens=2048,
         eval_tokens=4096,
-        generations=20,
+        generations=11,
+        switches=(1,),
     ),
 }
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from discopt.errors import RunFolderError
 from discopt.folder import RunFolder, distribution_version, request_of
@@ -38,11 +38,13 @@ BASELINES = {
     "window": "window cosine",
     "influence": "unit influence",
 }
-_STREAM_BASELINES = {
+_HEURISTICS = {
     "shortgpt": baselines.shortgpt,
     "window": baselines.window_cosine,
     "influence": baselines.unit_influence,
 }
+STARTS = ("random", "heuristics")
+
 Say = Callable[[str], None]
 _log = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ class DropRequest:
     generations: int | None = None
     offspring: int | None = None
     stages: tuple[str, ...] = ()
-    start: str | None = None  # a profile to start from
+    start: str | None = None  # random, heuristics, or a profile to start from
     fitness: str = "kl"
     baselines: tuple[str, ...] = tuple(BASELINES)
     max_seconds: float | None = None
@@ -79,6 +81,8 @@ class DropRequest:
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
+        if self.unit not in get_args(Unit):
+            raise ValueError(f"unit must be one of {', '.join(get_args(Unit))}, got {self.unit!r}")
         if self.preset not in DROP_PRESETS:
             raise ValueError(f"preset must be one of {', '.join(DROP_PRESETS)}, got {self.preset!r}")
         if unknown := [name for name in self.baselines if name not in BASELINES]:
@@ -96,7 +100,7 @@ class DropRequest:
         stages = tuple(Stage.parse(stage) for stage in self.stages) or preset.stages
         given = {
             name: getattr(self, name)
-            for name in ("offspring", "sequence_length", "eval_tokens", "generations")
+            for name in ("offspring", "sequence_length", "eval_tokens", "generations", "start")
             if getattr(self, name) is not None
         }
         return replace(preset, stages=stages, **given)
@@ -117,6 +121,7 @@ class DropRequest:
             start="auto" if start is None else tuple(int(level) for level in start),
             start_candidates=chosen.start_candidates,
             start_fidelity=chosen.start_fidelity,
+            switches=chosen.switches,
         )
 
 
@@ -144,7 +149,10 @@ class Prepared:
             trust_remote_code=request.trust_remote_code,
         )
         levels = DropLevels(loaded.anatomy, request.unit)
-        space = drop_space(loaded.anatomy, request.sparsity, unit=request.unit, protect=request.protect)
+        try:
+            space = drop_space(loaded.anatomy, request.sparsity, unit=request.unit, protect=request.protect)
+        except ValueError as error:  # blocks to protect that this model does not have
+            raise ModelError(f"{request.model}: {error}") from error
         length = sequence_length(loaded, request.sequence_length, chosen.sequence_length)
         say(f"reading {request.calibration}")
         calibration = load_calibration(
@@ -159,7 +167,7 @@ class Prepared:
         )
         blocks = len(loaded.anatomy.blocks)
         dropped = blocks_to_drop(blocks, request.sparsity, levels.unit)
-        start = _read_start(request.start, loaded, levels, space) if request.start is not None else None
+        start = None if chosen.start in STARTS else _read_start(chosen.start, loaded, levels, space)
         settings = request.settings(blocks=blocks, dropped=dropped, start=start)
         needed = max(settings.stages[-1].fidelity, settings.start_fidelity or 0)
         if needed > calibration.tokens:
@@ -220,14 +228,18 @@ def resume_drop(folder: RunFolder, *, quiet: bool, say: Say = _log.warning) -> d
 
 
 def _search(prepared: Prepared, folder: RunFolder, *, quiet: bool, resume: bool) -> dict[str, Any]:
-    request = prepared.request
+    request, settings = prepared.request, prepared.settings
+    heuristics = _heuristics(prepared, quiet=quiet)
+    if request.chosen.start == "heuristics":
+        rivals = tuple(tuple(profile.tolist()) for profile in heuristics.values())
+        settings = replace(settings, rivals=rivals)
     evaluator = Evaluator(prepared.loaded, prepared.levels)
     objective = CompressionObjective(evaluator, prepared.calibration, fitness_by_name(request.fitness))
     with ProgressBar(unit="tokens", label="search", quiet=quiet) as bar:
         result = minimize(
             objective,
             prepared.space,
-            optimizer=EvoPress(prepared.space, prepared.settings, seed=request.seed),
+            optimizer=EvoPress(prepared.space, settings, seed=request.seed),
             limits=Limits(seconds=request.max_seconds),
             callbacks=(bar,),
             folder=folder,
@@ -235,29 +247,45 @@ def _search(prepared: Prepared, folder: RunFolder, *, quiet: bool, resume: bool)
         )
     rows: list[dict[str, Any]] = []
     if result.stop is not StopReason.INTERRUPTED:
-        methods = _methods(prepared, result, quiet=quiet)
+        methods = _methods(prepared, heuristics, result)
         rows = heldout_rows(evaluator, prepared.levels, methods, prepared.heldout, quiet=quiet)
     return write_run(prepared, result, rows, folder)
 
 
-def _methods(prepared: Prepared, result: Result, *, quiet: bool) -> list[Method]:
-    """The rows of the table: dense, the baselines asked for, and what the search found."""
-    request, space = prepared.request, prepared.space
-    methods = [Method("dense", space.dearest(), 0)]
-    if "random" in request.baselines and request.start is None and result.start is not None:
-        spent = prepared.settings.start_candidates * result.start.fidelity
+def _heuristics(prepared: Prepared, *, quiet: bool) -> dict[str, Levels]:
+    """The profiles that scores of the dense model's hidden states give, by name; those that are asked for."""
+    request = prepared.request
+    starts = request.chosen.start == "heuristics"
+    names = [name for name in _HEURISTICS if starts or name in request.baselines]
+    if not names:
+        return {}
+    tokens = _heuristic_tokens(prepared)
+    sample = prepared.calibration.sample(tokens, request.seed)
+    with task("heuristics", len(sample), unit="sequences", quiet=quiet) as progress:
+        alike = baselines.similarity(prepared.loaded, sample, done=progress.advance)
+    profiles = {}
+    for name in names:
+        try:
+            profiles[name] = _HEURISTICS[name](alike, prepared.levels, prepared.space)
+        except ModelError as error:
+            _log.warning("no %s: %s", BASELINES[name], error)
+    return profiles
+
+
+def _heuristic_tokens(prepared: Prepared) -> int:
+    return min(prepared.request.chosen.baseline_tokens, prepared.calibration.tokens)
+
+
+def _methods(prepared: Prepared, heuristics: Mapping[str, Levels], result: Result) -> list[Method]:
+    """The rows of the table: dense, the baselines asked for, and what the search found, with all it spent."""
+    request, settings = prepared.request, prepared.settings
+    methods = [Method("dense", prepared.space.dearest(), 0)]
+    if "random" in request.baselines and result.start is not None and result.start.fidelity:
+        spent = settings.start_candidates * result.start.fidelity
         methods.append(Method(BASELINES["random"], result.start.profile, spent))
-    streamed = [name for name in request.baselines if name in _STREAM_BASELINES]
-    if streamed:
-        tokens = min(request.chosen.baseline_tokens, prepared.calibration.tokens)
-        sample = prepared.calibration.sample(tokens, request.seed)
-        with task("baselines", len(sample), unit="sequences", quiet=quiet) as progress:
-            alike = baselines.similarity(prepared.loaded, sample, done=progress.advance)
-        for name in streamed:
-            try:
-                profile = _STREAM_BASELINES[name](alike, prepared.levels, space)
-            except ModelError as error:
-                _log.warning("no row for %s: %s", BASELINES[name], error)
-                continue
-            methods.append(Method(BASELINES[name], profile, tokens))
-    return [*methods, Method("evolved", result.profile, result.total_fidelity)]
+    tokens = _heuristic_tokens(prepared)
+    methods += [
+        Method(BASELINES[name], profile, tokens) for name, profile in heuristics.items() if name in request.baselines
+    ]
+    guided = tokens if request.chosen.start == "heuristics" else 0
+    return [*methods, Method("evolved", result.profile, result.total_fidelity + guided)]

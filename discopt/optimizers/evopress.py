@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from discopt.mutation import offspring
 from discopt.objective import Losses, Query, mean_loss
@@ -18,6 +18,7 @@ from discopt.optimizers.base import Measurement, StopReason, check_answer, pack,
 from discopt.space import Levels, SearchSpace
 
 MAX_SEED = 2**31
+_CANDIDATES, _RIVALS, _GENERATIONS = "candidates", "rivals", "generations"  # what a query is for
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,10 @@ class EvoPressSettings:
     """Settings of Algorithm 1; the published ones are in the paper's Table 8.
 
     `start` is "auto" (the uniform profile where it spends the budget, else "random"), "uniform", "random" (the best
-    of `start_candidates` random profiles measured at `start_fidelity`) or a profile. `switches[i]` is the weight of
-    i + 1 switches in one mutation. `rule` is "within" groups or "across" them (see `discopt.mutation`).
+    of `start_candidates` random profiles measured at `start_fidelity`) or a profile. `rivals` are other profiles, found
+    by whatever means, that the start has to beat at the last stage's fidelity before the first generation; the paper
+    has none. `switches[i]` is the weight of i + 1 switches in one mutation. `rule` is "within" groups or "across"
+    them (see `discopt.mutation`).
     """
 
     generations: int = 100
@@ -59,6 +62,7 @@ class EvoPressSettings:
     start: str | tuple[int, ...] = "auto"
     start_candidates: int = 16
     start_fidelity: int | None = None  # that of the first stage
+    rivals: tuple[tuple[int, ...], ...] = ()
     switches: tuple[float, ...] = (5, 3, 1)  # min(U{1..3}, U{1..3})
     rule: str = "within"
 
@@ -108,21 +112,21 @@ class EvoPress:
         self.start: Measurement | None = None
         self._rng = np.random.default_rng(seed)
         self._spent = 0
+        self._phase = _CANDIDATES
         self._stage = 0  # index of the stage that `_query` belongs to
         self._query: Query | None = None
+        self._rivals = np.array([space.check(np.asarray(rival)) for rival in self.settings.rivals], dtype=np.int16)
         given = self._given_start()
         self._draws_start = given is None
         if given is None:
-            population = space.random(self.settings.start_candidates, self._rng)
+            population = _distinct(space.random(self.settings.start_candidates, self._rng))
             self._parents = population[:1]
             self._best = Measurement.unmeasured(population[0])
-            self._ask(_distinct(population), self._start_fidelity)
-            self._starting = True
+            self._ask(population, self._start_fidelity)
         else:
             self._parents = given[None]
             self._best = self.start = Measurement.unmeasured(given)
-            self._starting = False
-            self._begin_generation()
+            self._meet_rivals()
 
     @property
     def done(self) -> bool:
@@ -139,12 +143,14 @@ class EvoPress:
         generation = sum(k * stage.fidelity for k, stage in zip(entrants, s.stages, strict=False))
         generation += s.parents * s.stages[-1].fidelity
         start = s.start_candidates * self._start_fidelity if self._draws_start else 0
+        if s.rivals:
+            start += (len(s.rivals) + s.parents) * s.stages[-1].fidelity
         return 1.0 if self.done else min(1.0, self._spent / max(1, start + s.generations * generation))
 
     def describe(self) -> dict[str, Any]:
-        if self._starting:
-            return {"generation": 0, "stage": 0}
-        return {"generation": self.generation + 1, "stage": self._stage + 1}
+        if self._phase == _GENERATIONS:
+            return {"generation": self.generation + 1, "stage": self._stage + 1}
+        return {"generation": 0, "stage": int(self._phase == _RIVALS)}
 
     def ask(self) -> Query:
         if self._query is None:
@@ -155,7 +161,7 @@ class EvoPress:
         check_answer(self._query, query)
         self._spent += query.fidelity * len(query.population)
         order = np.argsort(mean_loss(losses), kind="stable")  # ties: offspring before parents, for they come first
-        if self._starting:
+        if self._phase != _GENERATIONS:
             self._choose_start(query, losses, order)
         elif self._stage == len(self.settings.stages) - 1:
             self._choose_parents(query, losses, order)
@@ -174,7 +180,7 @@ class EvoPress:
             "start": self.start.to_dict() if self.start else None,
             "best": self._best.to_dict(),
             "parents": pack(self._parents),
-            "starting": self._starting,
+            "phase": self._phase,
             "stage": self._stage,
             "spent": self._spent,
             "query": pack_query(self._query),
@@ -194,7 +200,7 @@ class EvoPress:
         self.start = Measurement.from_dict(state["start"]) if state["start"] else None
         self._best = Measurement.from_dict(state["best"])
         self._parents = unpack(state["parents"])
-        self._starting = state["starting"]
+        self._phase = state["phase"]
         self._stage = state["stage"]
         self._spent = state["spent"]
         self._query = unpack_query(state["query"])
@@ -217,14 +223,25 @@ class EvoPress:
     def _ask(self, population: Levels, fidelity: int) -> None:
         self._query = Query(population, fidelity, int(self._rng.integers(MAX_SEED)))
 
-    def _choose_start(self, query: Query, losses: Losses, order: np.ndarray[Any, Any]) -> None:
-        """Algorithm 1, line 1: the best of the random profiles become the first parents."""
-        self._starting = False
+    def _choose_start(self, query: Query, losses: Losses, order: NDArray[np.intp]) -> None:
+        """Algorithm 1, line 1: the best of the random profiles become the first parents, unless rivals beat them."""
         self._parents = query.population[order[: self.settings.parents]]
-        self._best = self.start = Measurement.of_row(query, losses, int(order[0]))
-        self._begin_generation()
+        self._best = Measurement.of_row(query, losses, int(order[0]))
+        if self._phase == _CANDIDATES:
+            self.start = self._best
+            self._meet_rivals()
+        else:
+            self._begin_generation()
+
+    def _meet_rivals(self) -> None:
+        if len(self._rivals):
+            self._phase = _RIVALS
+            self._ask(_distinct(np.concatenate([self._rivals, self._parents])), self.settings.stages[-1].fidelity)
+        else:
+            self._begin_generation()
 
     def _begin_generation(self) -> None:
+        self._phase = _GENERATIONS
         s = self.settings
         if self.generation >= s.generations:
             self._finish(StopReason.GENERATIONS)
@@ -244,7 +261,7 @@ class EvoPress:
             candidates = np.concatenate([candidates, self._parents])  # elitism against a fresh sample
         self._ask(candidates, self.settings.stages[stage].fidelity)
 
-    def _choose_parents(self, query: Query, losses: Losses, order: np.ndarray[Any, Any]) -> None:
+    def _choose_parents(self, query: Query, losses: Losses, order: NDArray[np.intp]) -> None:
         """Algorithm 1, last step: the best of offspring and parents, the latter known by their index."""
         elites = np.arange(len(query.population) - len(self._parents), len(query.population))
         means = mean_loss(losses)

