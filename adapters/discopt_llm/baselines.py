@@ -88,6 +88,24 @@ def window_cosine(similarity: Similarity, levels: DropLevels, space: SearchSpace
     raise ModelError("no run of consecutive blocks meets the budget without dropping a protected one")
 
 
+def unit_windows(similarity: Similarity, levels: DropLevels, space: SearchSpace, count: int) -> list[Levels]:
+    """The `count` runs of consecutive units that meet the budget and whose ends are most alike, (n,) each.
+
+    With sub-blocks a run may begin at an MLP, which no run of whole blocks does. Fewer come back where fewer fit.
+    """
+    ends = np.cumsum([0] + [len(parts) for parts in levels.units])
+    runs: list[tuple[float, Levels]] = []
+    for first in range(space.n):
+        for last in range(first, space.n + 1):
+            profile = space.dearest()
+            profile[first:last] = 0
+            if space.feasible(profile[None])[0]:
+                runs.append((float(similarity[ends[first], ends[last]]), profile))
+                break
+    runs.sort(key=lambda run: -run[0])
+    return [profile for _, profile in runs[:count]]
+
+
 def drop_lowest(space: SearchSpace, score: NDArray[np.float64]) -> Levels:
     """From all kept, drop units from the lowest score on until every budget holds: (n,) -> (n,)."""
     profile = space.dearest()

@@ -48,14 +48,14 @@ DROP_PRESETS = {
     ),
     "demo": Preset(
         "minutes on two CPU cores for a model of 100M parameters",
-        offspring=16,
-        stages=(Stage(2, 256), Stage(1, 1024)),
+        offspring=32,
+        stages=(Stage(3, 256), Stage(1, 768), Stage(1, 2048)),
         start_candidates=16,
         start_fidelity=256,
         sequence_length=256,
         baseline_tokens=2048,
         eval_tokens=4096,
-        generations=11,
+        generations=6,
         switches=(1,),
     ),
 }

@@ -44,6 +44,7 @@ _HEURISTICS = {
     "influence": baselines.unit_influence,
 }
 STARTS = ("random", "heuristics")
+START_WINDOWS = 5  # runs of units that compete for the start, beside ShortGPT's profile
 
 Say = Callable[[str], None]
 _log = logging.getLogger(__name__)
@@ -230,9 +231,7 @@ def resume_drop(folder: RunFolder, *, quiet: bool, say: Say = _log.warning) -> d
 def _search(prepared: Prepared, folder: RunFolder, *, quiet: bool, resume: bool) -> dict[str, Any]:
     request, settings = prepared.request, prepared.settings
     heuristics = _heuristics(prepared, quiet=quiet)
-    if request.chosen.start == "heuristics":
-        rivals = tuple(tuple(profile.tolist()) for profile in heuristics.values())
-        settings = replace(settings, rivals=rivals)
+    settings = replace(settings, rivals=heuristics.rivals)
     evaluator = Evaluator(prepared.loaded, prepared.levels)
     objective = CompressionObjective(evaluator, prepared.calibration, fitness_by_name(request.fitness))
     with ProgressBar(unit="tokens", label="search", quiet=quiet) as bar:
@@ -252,40 +251,46 @@ def _search(prepared: Prepared, folder: RunFolder, *, quiet: bool, resume: bool)
     return write_run(prepared, result, rows, folder)
 
 
-def _heuristics(prepared: Prepared, *, quiet: bool) -> dict[str, Levels]:
-    """The profiles that scores of the dense model's hidden states give, by name; those that are asked for."""
-    request = prepared.request
-    starts = request.chosen.start == "heuristics"
-    names = [name for name in _HEURISTICS if starts or name in request.baselines]
-    if not names:
-        return {}
-    tokens = _heuristic_tokens(prepared)
-    sample = prepared.calibration.sample(tokens, request.seed)
+@dataclass(frozen=True, eq=False)
+class _Heuristics:
+    """What scores of the dense model's hidden states give, and the tokens they took."""
+
+    profiles: Mapping[str, Levels]  # (n,) each; those that are rows of the table
+    rivals: tuple[tuple[int, ...], ...]  # those that compete for the start
+    tokens: int
+
+
+def _heuristics(prepared: Prepared, *, quiet: bool) -> _Heuristics:
+    request, levels, space = prepared.request, prepared.levels, prepared.space
+    names = [name for name in _HEURISTICS if name in request.baselines]
+    competes = request.chosen.start == "heuristics"
+    if not names and not competes:
+        return _Heuristics({}, (), 0)
+    sample = prepared.calibration.sample(min(request.chosen.baseline_tokens, prepared.calibration.tokens), request.seed)
     with task("heuristics", len(sample), unit="sequences", quiet=quiet) as progress:
         alike = baselines.similarity(prepared.loaded, sample, done=progress.advance)
     profiles = {}
     for name in names:
         try:
-            profiles[name] = _HEURISTICS[name](alike, prepared.levels, prepared.space)
+            profiles[name] = _HEURISTICS[name](alike, levels, space)
         except ModelError as error:
             _log.warning("no %s: %s", BASELINES[name], error)
-    return profiles
+    rivals: list[Levels] = []
+    if competes:
+        rivals = [
+            baselines.shortgpt(alike, levels, space),
+            *baselines.unit_windows(alike, levels, space, START_WINDOWS),
+        ]
+    return _Heuristics(profiles, tuple(tuple(rival.tolist()) for rival in rivals), sum(map(len, sample)))
 
 
-def _heuristic_tokens(prepared: Prepared) -> int:
-    return min(prepared.request.chosen.baseline_tokens, prepared.calibration.tokens)
-
-
-def _methods(prepared: Prepared, heuristics: Mapping[str, Levels], result: Result) -> list[Method]:
+def _methods(prepared: Prepared, heuristics: _Heuristics, result: Result) -> list[Method]:
     """The rows of the table: dense, the baselines asked for, and what the search found, with all it spent."""
     request, settings = prepared.request, prepared.settings
     methods = [Method("dense", prepared.space.dearest(), 0)]
     if "random" in request.baselines and result.start is not None and result.start.fidelity:
         spent = settings.start_candidates * result.start.fidelity
         methods.append(Method(BASELINES["random"], result.start.profile, spent))
-    tokens = _heuristic_tokens(prepared)
-    methods += [
-        Method(BASELINES[name], profile, tokens) for name, profile in heuristics.items() if name in request.baselines
-    ]
-    guided = tokens if request.chosen.start == "heuristics" else 0
+    methods += [Method(BASELINES[name], profile, heuristics.tokens) for name, profile in heuristics.profiles.items()]
+    guided = heuristics.tokens if heuristics.rivals else 0
     return [*methods, Method("evolved", result.profile, result.total_fidelity + guided)]

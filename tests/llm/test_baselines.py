@@ -98,6 +98,21 @@ def test_the_window_is_the_run_whose_ends_are_most_alike(anatomy: object) -> Non
         assert profile.tolist() == expected
 
 
+def test_windows_of_sub_blocks_may_begin_at_an_mlp(anatomy: object) -> None:
+    levels = DropLevels(anatomy, "sublayer")
+    found = baselines.unit_windows(chain(INFLUENCE), levels, drop_space(anatomy, 0.5), 3)
+    first = [profile.argmin() for profile in found]
+    assert first == [2, 4, 3]
+    assert all(
+        (profile[start : start + 4] == 0).all() and profile.sum() == 4
+        for start, profile in zip(first, found, strict=True)
+    )
+    blocks = baselines.unit_windows(
+        chain(INFLUENCE), DropLevels(anatomy, "block"), drop_space(anatomy, 0.5, unit="block"), 9
+    )
+    assert [profile.tolist() for profile in blocks] == [[1, 0, 0, 1], [1, 1, 0, 0], [0, 0, 1, 1]]
+
+
 def test_protected_blocks_stay(anatomy: object) -> None:
     levels, space = DropLevels(anatomy, "block"), drop_space(anatomy, 0.5, unit="block", protect=(1, 2))
     for baseline in (baselines.shortgpt, baselines.unit_influence):

@@ -154,7 +154,7 @@ def test_heuristics_compete_with_the_best_random_start(request_: DropRequest, tm
     candidates, contest, *_ = RunFolder.open(tmp_path / "run").trace()
     assert (candidates["stage"], contest["stage"]) == (0, 1)
     assert contest["fidelity"] == 96
-    assert 2 <= contest["candidates"] <= 4
+    assert 3 <= contest["candidates"] <= 7
     rows = {row["method"]: row for row in results["rows"]}
     assert rows["evolved"]["tokens"] == results["total_fidelity"] + rows[BASELINES["shortgpt"]]["tokens"]
 
