@@ -21,7 +21,6 @@ class Preset:
     eval_tokens: int | None  # held-out; None is all there is
     generations: int | None = None  # None: k (n - k) / 1.5 to drop k of n blocks
     start: str = "heuristics"  # "random" is the paper's; "heuristics" lets those compete with the best random one
-    switches: tuple[float, ...] = (5, 3, 1)
 
 
 DROP_PRESETS = {
@@ -48,15 +47,14 @@ DROP_PRESETS = {
     ),
     "demo": Preset(
         "minutes on two CPU cores for a model of 100M parameters",
-        offspring=32,
-        stages=(Stage(3, 256), Stage(1, 768), Stage(1, 2048)),
+        offspring=16,
+        stages=(Stage(2, 256), Stage(1, 1024)),
         start_candidates=16,
         start_fidelity=256,
         sequence_length=256,
         baseline_tokens=2048,
         eval_tokens=4096,
-        generations=6,
-        switches=(1,),
+        generations=11,
     ),
 }
 

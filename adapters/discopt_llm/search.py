@@ -122,7 +122,6 @@ class DropRequest:
             start="auto" if start is None else tuple(int(level) for level in start),
             start_candidates=chosen.start_candidates,
             start_fidelity=chosen.start_fidelity,
-            switches=chosen.switches,
         )
 
 
