@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from discopt.errors import DiscoptError, RunFolderError
 from discopt.folder import RunFolder
 from discopt.plots import new_figure, plot_trace, save_figure, style_axes
+from discopt.progress import format_loss
 from discopt.report import markdown_rows
 from discopt.run import Result
 from discopt_llm.profile import Profile, write_decisions
@@ -134,10 +135,9 @@ def _report(
         f"{met['blocks']} each."
     )
     spent = (
-        f"The search ended after {results['generations']} generations since {results['stop']}: "
+        f"The search ended after {results['generations']} generations ({results['stop']}): "
         f"{results['evaluations']:,} candidates, {results['total_fidelity']:,} tokens, {results['seconds']:.0f} s. "
-        f"Its last loss is {results['loss'] if results['loss'] is not None else 'not known'}, measured on "
-        f"{results['fidelity']:,} tokens."
+        f"Its last loss is {format_loss(results['loss'])}, measured on {results['fidelity']:,} tokens."
     )
     heldout = results["heldout"]
     table = [
