@@ -149,7 +149,11 @@ def test_ctrl_c_ends_with_the_best_so_far_and_resumes_identically(tmp_path: Path
         return loss(population, fidelity, seed)
 
     run = folder(tmp_path / "run")
-    result = minimize(interrupted, SPACE, SETTINGS, seed=1, folder=run)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
+    try:
+        result = minimize(interrupted, SPACE, SETTINGS, seed=1, folder=run)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.stop is StopReason.INTERRUPTED
     assert np.isfinite(result.loss)
     assert same(

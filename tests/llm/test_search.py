@@ -257,7 +257,7 @@ def test_a_profile_of_another_model_is_refused(request_: DropRequest, tmp_path: 
 
 
 def test_the_search_written_plainly_finds_the_same_profile(request_: DropRequest) -> None:
-    _compare_with_plain(replace(request_, start="random", generations=12))
+    _compare_with_plain(replace(request_, start="random", generations=30))
 
 
 @pytest.mark.slow
@@ -274,6 +274,7 @@ def _compare_with_plain(request: DropRequest) -> None:
     shared = CompressionObjective(Evaluator(loaded, levels), text, KL())
     expected, found = (minimize(o, prepared.space, prepared.settings, seed=1) for o in (plain, shared))
     assert (found.profile == expected.profile).all()
+    assert found.start is not None
     assert (found.profile != found.start.profile).any()
     losses = [[line["loss"] for line in result.trace] for result in (found, expected)]
     np.testing.assert_allclose(*losses, rtol=1e-3, atol=1e-4)
