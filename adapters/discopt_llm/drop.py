@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from discopt.space import SearchSpace
 from discopt_llm.anatomy import Anatomy, SubBlock, skipped_
+from discopt_llm.profile import decisions_from_levels
 
 __all__ = ["DropLevels", "Unit", "blocks_to_drop", "drop_space"]
 
@@ -83,8 +84,8 @@ class DropLevels:
 
     def dropped(self, profile: NDArray[np.integer]) -> NDArray[np.bool_]:
         """Which sub-blocks a profile (n,) drops: (blocks, 2), attention then MLP."""
-        gone = self._gone(profile)
-        return np.array([gone[units] for units in self.block_units]).repeat(1 if self.unit == "sublayer" else 2, axis=1)
+        kept = np.where(self._gone(profile), 0, 1)
+        return decisions_from_levels(kept, self.unit, len(self.anatomy.blocks))
 
     def parameters_dropped(self, profile: NDArray[np.integer]) -> int:
         """Number of parameters in the sub-blocks that a profile (n,) drops; the norms beside them stay."""
