@@ -1,4 +1,4 @@
-"""Profiles as JSON, the text format of depth pruning, and what is refused of both."""
+"""Profiles as JSON, how files are told apart, and what is refused."""
 
 from __future__ import annotations
 
@@ -16,20 +16,32 @@ from discopt.errors import RunFolderError
 from discopt_llm import profile as profile_module
 from discopt_llm.errors import ProfileError
 from discopt_llm.profile import (
+    BANK_UNITS,
     DROP_UNITS,
+    BankReference,
     Decisions,
+    LayerLabels,
     Profile,
-    decisions_from_levels,
-    decisions_from_text,
-    levels_from_decisions,
-    number_of_units,
+    labels_from_text,
     read_profile,
-    text_from_decisions,
-    write_decisions,
+    text_from_labels,
 )
 
-OFFICIAL = "none\nattn\nmlp\nattn+mlp\n"
-DECISIONS = np.array([[False, False], [True, False], [False, True], [True, True]])
+BANK = BankReference("banks/gptq", "b" * 64)
+OTHER_BANK = BankReference("banks/sparsegpt", "c" * 64)
+# As the first version of the program wrote it.
+OLD_FILE = b"""{
+  "format": "discopt-profile",
+  "version": 1,
+  "kind": "drop",
+  "unit": "block",
+  "model": {"source": "a/model", "fingerprint": "0123"},
+  "units": [
+    {"name": "model.layers.0", "level": 1},
+    {"name": "model.layers.1", "level": 0}
+  ]
+}
+"""
 
 
 def make(**changes: Any) -> Profile:
@@ -44,8 +56,20 @@ def make(**changes: Any) -> Profile:
     return Profile(**{**values, **changes})
 
 
+def make_banked(**changes: Any) -> Profile:
+    values: dict[str, Any] = {
+        "kind": "mixed",
+        "unit": "layer",
+        "names": ("q_proj", "k_proj", "up_proj"),
+        "levels": np.array([0, 2, 5]),
+        "banks": (BANK, OTHER_BANK),
+        "labels": ("drop", "quantization:3", "sparsity:-2"),
+    }
+    return make(**{**values, **changes})
+
+
 def same(a: Profile, b: Profile) -> bool:
-    fields = ("kind", "unit", "model_source", "model_fingerprint", "names")
+    fields = ("kind", "unit", "model_source", "model_fingerprint", "names", "banks", "labels")
     return all(getattr(a, f) == getattr(b, f) for f in fields) and np.array_equal(a.levels, b.levels)
 
 
@@ -73,6 +97,60 @@ def test_every_profile_comes_back_from_its_text(
     levels = np.array([random.randint(0, 1) for _ in names])
     profile = make(unit=unit, model_source=source, model_fingerprint=fingerprint, names=tuple(names), levels=levels)
     assert same(Profile.from_json(profile.to_json()), profile)
+
+
+LABELS = {
+    "quantization": st.integers(1, 99).map(str),
+    "sparsity": st.integers(-9999, 9999).map(str),
+    "mixed": st.just("drop")
+    | st.integers(1, 99).map("quantization:{}".format)
+    | st.integers(-9999, 9999).map("sparsity:{}".format),
+}
+BANKS = st.builds(BankReference, st.text(max_size=20), st.text(max_size=20))
+
+
+@pytest.mark.parametrize("kind", LABELS)
+@given(
+    unit=st.sampled_from(BANK_UNITS),
+    names=st.lists(st.text(max_size=8), min_size=1, max_size=12, unique=True),
+    data=st.data(),
+)
+def test_every_profile_of_levels_from_banks_comes_back_from_its_text(
+    kind: str, unit: str, names: list[str], data: st.DataObject
+) -> None:
+    n = len(names)
+    banks = st.lists(BANKS, min_size=1, max_size=2 if kind == "mixed" else 1, unique_by=lambda bank: bank.fingerprint)
+    profile = make(
+        kind=kind,
+        unit=unit,
+        names=tuple(names),
+        levels=np.array(data.draw(st.lists(st.integers(0, 2**15 - 1), min_size=n, max_size=n))),
+        banks=tuple(data.draw(banks)),
+        labels=tuple(data.draw(st.lists(LABELS[kind], min_size=n, max_size=n))),
+    )
+    assert same(Profile.from_json(profile.to_json()), profile)
+
+
+def test_a_file_of_the_first_version_is_read_and_written_as_before(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    path.write_bytes(OLD_FILE)
+    old = read_profile(path)
+    assert isinstance(old, Profile)
+    assert (old.kind, old.unit, old.model_source, old.model_fingerprint) == ("drop", "block", "a/model", "0123")
+    assert (old.names, old.levels.tolist()) == (("model.layers.0", "model.layers.1"), [1, 0])
+    assert (old.banks, old.labels) == ((), ())
+    old.write(path)
+    assert path.read_bytes() == OLD_FILE
+
+
+def test_the_file_says_which_banks_and_what_the_levels_stand_for() -> None:
+    data = json.loads(make_banked().to_json())
+    assert data["banks"] == [
+        {"path": "banks/gptq", "fingerprint": "b" * 64},
+        {"path": "banks/sparsegpt", "fingerprint": "c" * 64},
+    ]
+    assert data["units"][1] == {"name": "k_proj", "level": 2, "label": "quantization:3"}
+    assert "banks" not in make().to_json() and "label" not in make().to_json()
 
 
 def test_the_file_says_format_version_kind_unit_model_and_units() -> None:
@@ -137,7 +215,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "sparsity"}, "kind must be one of drop, got 'sparsity'"),
+        ({"kind": "prune"}, "kind must be one of drop, quantization, sparsity, mixed, got 'prune'"),
         ({"unit": "layer"}, "unit must be one of sublayer, block, pair, got 'layer'"),
         (
             {"levels": np.ones((2, 2), dtype=int)},
@@ -155,6 +233,39 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
 def test_a_profile_that_makes_no_sense_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unit": "sublayer"}, "unit must be one of layer, runtime, got 'sublayer'"),
+        ({"banks": ()}, "number of banks of kind 'mixed' must be 1 or 2, got 0"),
+        ({"kind": "quantization"}, "number of banks of kind 'quantization' must be 1, got 2"),
+        ({"banks": (BANK, BANK)}, "the banks must differ, got 'b+.*' 2 times"),
+        ({"labels": ("drop",)}, "expected a label for each of 3 units of kind 'mixed', got 1"),
+        ({"labels": ("drop", "3", "drop")}, "label of k_proj must be such as drop, quantization:3 .*, got '3'"),
+        ({"levels": np.array([0, 2**15, 0])}, "level of k_proj must be 0 to 32767, got 32768"),
+        (
+            {"kind": "drop", "unit": "block", "levels": np.ones(3, dtype=int)},
+            "number of banks of kind 'drop' must be 0, got 2",
+        ),
+        (
+            {"kind": "drop", "unit": "block", "banks": (), "levels": np.ones(3, dtype=int)},
+            "expected no labels of kind 'drop', got 3",
+        ),
+        (
+            {"kind": "sparsity", "banks": (BANK,), "labels": ("-2", "+1", "0")},
+            r"label of k_proj must be such as -2, got '\+1'",
+        ),
+        (
+            {"kind": "quantization", "banks": (BANK,), "labels": ("2", "3", "-3")},
+            "label of up_proj must be such as 3, got '-3'",
+        ),
+    ],
+)
+def test_labels_and_banks_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_banked(**changes)
 
 
 def changed(*path: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
@@ -178,7 +289,8 @@ def changed(*path: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
         (changed("version", to=2), "expected version 1, got 2"),
         (changed("version", to=True), "expected version 1, got True"),
         (changed("version", to=...), "expected version 1, got None"),
-        (changed("kind", to="prune"), "kind must be one of drop, got 'prune'"),
+        (changed("kind", to="prune"), "kind must be one of drop, quantization, sparsity, mixed, got 'prune'"),
+        (changed("kind", to=["mixed"]), r"kind must be text, got \['mixed'\]"),
         (changed("kind", to=...), "kind must be text, got None"),
         (changed("unit", to="layer"), "unit must be one of sublayer, block, pair, got 'layer'"),
         (changed("unit", to=3), "unit must be text, got 3"),
@@ -209,6 +321,35 @@ def test_a_damaged_json_file_is_refused(change: Callable[[Any], None], message: 
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (changed("banks", to=...), "banks must be a list, got None"),
+        (changed("banks", to=[]), "number of banks of kind 'mixed' must be 1 or 2, got 0"),
+        (changed("banks", 1, to="path"), "bank 1 must be an object, got 'path'"),
+        (changed("banks", 0, "path", to=3), "path of bank 0 must be text, got 3"),
+        (changed("banks", 0, "fingerprint", to=None), "fingerprint of bank 0 must be text, got None"),
+        (changed("banks", 0, "fingerprint", to="c" * 64), "the banks must differ, got 'c+.*' 2 times"),
+        (changed("units", 1, "label", to=...), "label of unit 1 must be text, got None"),
+        (changed("units", 1, "label", to=3), "label of unit 1 must be text, got 3"),
+        (changed("units", 1, "label", to="quantization:0"), "label of k_proj must be such as .*, got 'quantization:0'"),
+        (changed("units", 1, "level", to=2**15), "level of k_proj must be 0 to 32767, got 32768"),
+        (changed("unit", to="block"), "unit must be one of layer, runtime, got 'block'"),
+        (changed("kind", to="drop"), "unit must be one of sublayer, block, pair, got 'layer'"),
+    ],
+)
+def test_a_damaged_file_of_levels_from_banks_is_refused(
+    change: Callable[[Any], None], message: str, tmp_path: Path
+) -> None:
+    data = json.loads(make_banked().to_json())
+    change(data)
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(ProfileError, match=rf"profile\.json: .*{message}") as caught:
+        read_profile(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "the profile is empty"),
@@ -217,7 +358,10 @@ def test_a_damaged_json_file_is_refused(change: Callable[[Any], None], message: 
         (b'{"a":' * 100_000, "not JSON: "),
         (b'{"a": ' + b"9" * 5000 + b"}", "not JSON: Exceeds the limit"),
         (b"none\n\xff\n", "not a profile: byte 5 is not UTF-8 text"),
-        (b"[]", r"line 1: expected one of none, attn, mlp, attn\+mlp, got '\[\]'"),
+        (b"[]", r"line 1: expected JSON, one of none, attn, .*, or a layer and its label such as .*, got '\[\]'"),
+        (b"\nnone\n", r"line 1: expected JSON, .*, got ''"),
+        (b"none\na: 3\n", "line 2: expected one of none, attn, .*, got 'a: 3'"),
+        (b"a: 3\nnone\n", "line 2: expected a layer and its label, such as .*, got 'none'"),
     ],
 )
 def test_a_file_of_something_else_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
@@ -241,46 +385,75 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
-PLACES = ["format", "version", "kind", "unit", "model", "model source", "model fingerprint", "units", "more"]
+PLACES = ["banks", "format", "version", "kind", "unit", "model", "model source", "model fingerprint", "units", "more"]
 GOOD = make().to_json().encode()
+GOOD_BANKED = make_banked().to_json().encode()
+GOOD_LABELS = b"layers.0.q_proj: 3\nlayers.0.k_proj: -2\nlayers.0.up_proj: drop\nlayers.1.q_proj: quantization:4\n"
 
 
 @st.composite
 def damaged_profiles(draw: st.DrawFn) -> bytes:
     """A good file with another value somewhere, or with a byte or two wrong."""
+    good = draw(st.sampled_from([GOOD, GOOD_BANKED]))
+    data = json.loads(good)
     if draw(st.booleans()):
-        data = json.loads(GOOD)
         changed(*draw(st.sampled_from(PLACES)).split(), to=draw(JSON))(data)
         return json.dumps(data).encode()
     if draw(st.booleans()):
-        data = json.loads(GOOD)
-        changed("units", draw(st.integers(0, 3)), *draw(st.sampled_from([(), ("name",), ("level",)])), to=draw(JSON))(
-            data
-        )
+        field = draw(st.sampled_from([(), ("name",), ("level",), ("label",)]))
+        changed("units", draw(st.integers(0, 2)), *field, to=draw(JSON))(data)
         return json.dumps(data).encode()
-    cut = draw(st.integers(0, len(GOOD)))
-    return GOOD[:cut] + draw(st.binary(max_size=2)) + GOOD[cut + 1 :]
+    cut = draw(st.integers(0, len(good)))
+    return good[:cut] + draw(st.binary(max_size=2)) + good[cut + 1 :]
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     content=st.binary(max_size=80)
-    | st.text('{}[]":, none attn mlp+\n', max_size=40).map(str.encode)
+    | st.text('{}[]":, none attn mlp+-.0123\n', max_size=40).map(str.encode)
     | damaged_profiles()
 )
 def test_whatever_a_file_holds_only_a_profile_error_comes_out(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "p"
     path.write_bytes(content)
+    check_any_answer(path)
+
+
+def test_ten_thousand_files_with_wrong_bytes_give_profiles_or_profile_errors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    content = bytearray()
+    monkeypatch.setattr(Path, "read_bytes", lambda path: bytes(content))  # the disk is slow, and not in question
+    rng = np.random.default_rng(0)
+    sources = [GOOD, GOOD_BANKED, GOOD_LABELS, b"none\nattn\nmlp\nattn+mlp\n"]
+    spare = b'{}[]":,\n 0123456789-eE.\\utrflsn\xff\x00\xe2\x80\xa8'
+    refused = 0
+    for _ in range(10_000):
+        content = bytearray(sources[rng.integers(len(sources))])
+        for _ in range(rng.integers(1, 4)):
+            at = rng.integers(len(content) + 1)
+            cut = rng.integers(3)
+            content[at : at + cut] = rng.choice(list(spare), rng.integers(3)).astype(np.uint8).tobytes()
+        refused += check_any_answer(Path("p"))
+    assert 2_000 < refused < 10_000  # some inputs stay good, most do not
+
+
+def check_any_answer(path: Path) -> bool:
+    """Whether a file is refused; an error has one line, and what is read comes back from what is written of it."""
     answer = profile_or_error(path)
     if isinstance(answer, ProfileError):
         assert len(str(answer).splitlines()) == 1
-    elif isinstance(answer, Profile):
+        return True
+    if isinstance(answer, Profile):
         assert same(Profile.from_json(answer.to_json()), answer)
+    elif isinstance(answer, dict):
+        assert labels_from_text(text_from_labels(answer)) == answer
     else:
         assert answer.ndim == 2
+    return False
 
 
-def profile_or_error(path: Path) -> Profile | Decisions | ProfileError:
+def profile_or_error(path: Path) -> Profile | Decisions | LayerLabels | ProfileError:
     try:
         return read_profile(path)
     except ProfileError as error:
@@ -317,113 +490,41 @@ def test_a_profile_of_another_model_is_refused_with_the_difference(
         make().check_model(fingerprint, names)
 
 
-# The text format
+# The banks it belongs to
 
 
-def test_the_text_format_says_what_is_dropped_in_each_block(tmp_path: Path) -> None:
-    assert np.array_equal(decisions_from_text(OFFICIAL), DECISIONS)
-    assert text_from_decisions(DECISIONS) == OFFICIAL
-    write_decisions(tmp_path / "layer_drop_config.txt", DECISIONS)
-    assert (tmp_path / "layer_drop_config.txt").read_bytes() == OFFICIAL.encode()
-    back = read_profile(tmp_path / "layer_drop_config.txt", blocks=4)
-    assert not isinstance(back, Profile)
-    assert np.array_equal(back, DECISIONS)
-
-
-@pytest.mark.parametrize("text", [OFFICIAL.rstrip(), OFFICIAL + "\n\n", OFFICIAL.replace("\n", " \r\n")])
-def test_line_ends_and_trailing_blank_lines_do_not_matter(text: str) -> None:
-    assert np.array_equal(decisions_from_text(text, 4), DECISIONS)
+def test_a_profile_of_these_banks_is_accepted() -> None:
+    make_banked().check_banks(["b" * 64, "c" * 64])
+    make().check_banks([])
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("fingerprints", "message"),
     [
-        ("none\nboth\n", r"line 2: expected one of none, attn, mlp, attn\+mlp, got 'both'"),
-        ("none\n\nmlp\n", r"line 2: expected one of none, attn, mlp, attn\+mlp, got ''"),
-        ("none\nmlp+attn\n", r"line 2: expected one of .*, got 'mlp\+attn'"),
-        ("none\nmlp\n", "expected a line for each of 3 blocks, got 2"),
-        ("", "the profile is empty"),
+        (["b" * 64], "levels come from 2 banks, got 1"),
+        (["b" * 64, "d" * 64], "come from the bank banks/sparsegpt, which differs .*cccccccccccc, here dddddddddddd"),
     ],
 )
-def test_a_damaged_text_file_is_refused(text: str, message: str) -> None:
+def test_a_profile_of_other_banks_is_refused_with_the_difference(fingerprints: list[str], message: str) -> None:
     with pytest.raises(ProfileError, match=message):
-        decisions_from_text(text, 3)
+        make_banked().check_banks(fingerprints)
 
 
-# Units and decisions
-
-
-@pytest.mark.parametrize(
-    ("unit", "blocks", "n"),
-    [("sublayer", 5, 10), ("block", 5, 5), ("pair", 4, 2), ("pair", 5, 3), ("pair", 1, 1)],
-)
-def test_the_last_block_of_an_odd_number_is_a_unit_alone(unit: str, blocks: int, n: int) -> None:
-    assert number_of_units(blocks, unit) == n
-
-
-@pytest.mark.parametrize("unit", DROP_UNITS)
-@given(blocks=st.integers(1, 9), data=st.data())
-def test_levels_come_back_from_decisions_and_from_text(unit: str, blocks: int, data: st.DataObject) -> None:
-    n = number_of_units(blocks, unit)
-    levels = np.array(data.draw(st.lists(st.integers(0, 1), min_size=n, max_size=n)), dtype=np.int16)
-    decisions = decisions_from_levels(levels, unit, blocks)
-    assert decisions.shape == (blocks, 2)
-    assert decisions.dtype == np.bool_
-    assert np.array_equal(levels_from_decisions(decisions, unit), levels)
-    read = decisions_from_text(text_from_decisions(decisions), blocks)
-    assert np.array_equal(levels_from_decisions(read, unit), levels)
-
-
-@pytest.mark.parametrize(
-    ("unit", "levels", "text"),
-    [
-        ("sublayer", [1, 1, 0, 1, 1, 0, 0, 0], OFFICIAL),
-        ("block", [1, 0, 0, 1], "none\nattn+mlp\nattn+mlp\nnone\n"),
-        ("pair", [1, 0, 1], "none\nnone\nattn+mlp\nattn+mlp\nnone\n"),
-        ("pair", [0, 1, 0], "attn+mlp\nattn+mlp\nnone\nnone\nattn+mlp\n"),
-    ],
-)
-def test_level_zero_drops_the_unit(unit: str, levels: list[int], text: str) -> None:
-    decisions = decisions_from_text(text)
-    assert levels_from_decisions(decisions, unit).tolist() == levels
-    assert text_from_decisions(decisions_from_levels(levels, unit, len(decisions))) == text
-
-
-@pytest.mark.parametrize(
-    ("unit", "text", "message"),
-    [
-        ("block", OFFICIAL, "block 1 loses only its attention, which units of kind 'block' cannot express"),
-        ("pair", "none\nnone\nmlp\nmlp\n", "block 2 loses only its MLP, which units of kind 'pair' cannot express"),
-        ("pair", "none\nnone\nattn+mlp\nnone\n", "of the pair of blocks 2 and 3 only 2 is dropped"),
-        ("pair", "none\nattn+mlp\nnone\n", "of the pair of blocks 0 and 1 only 1 is dropped"),
-    ],
-)
-def test_decisions_that_split_a_unit_are_refused(unit: str, text: str, message: str) -> None:
-    with pytest.raises(ProfileError, match=message):
-        levels_from_decisions(decisions_from_text(text), unit)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: number_of_units(3, "layer"), "unit must be one of sublayer, block, pair, got 'layer'"),
-        (lambda: levels_from_decisions(np.ones((3, 2)), "block"), r"must be bool of shape \(blocks, 2\), got float64"),
-        (lambda: text_from_decisions(np.ones((2, 3), dtype=bool)), r"must be bool of shape .*, got bool \(2, 3\)"),
-        (
-            lambda: decisions_from_levels([1, 0], "pair", 5),
-            r"levels of 5 blocks by pair must have shape \(3,\), got \(2,\)",
-        ),
-        (
-            lambda: decisions_from_levels([1, 2], "block", 2),
-            r"levels must be 0 \(dropped\) or 1 \(kept\), got \[1, 2\]",
-        ),
-    ],
-)
-def test_arrays_of_another_shape_or_value_are_refused(call: Callable[[], Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call()
+def test_levels_must_stand_for_what_the_labels_say() -> None:
+    known = [["drop", None], ["drop", "sparsity:4", "quantization:3"], [*["drop"] * 5, "sparsity:-2"]]
+    make_banked().check_labels(known)
+    make().check_labels([["drop", "keep"]] * 4)  # a profile without labels says nothing else
+    known[1][2] = "quantization:4"
+    with pytest.raises(
+        ProfileError, match=r"level 2 of 'k_proj' is labelled 'quantization:3', .* calls it 'quantiz.*4'"
+    ):
+        make_banked().check_labels(known)
+    with pytest.raises(ProfileError, match="level 5 of 'up_proj' is labelled 'sparsity:-2', but the bank has no such"):
+        make_banked().check_labels([known[0], ["drop", "drop", "quantization:3"], ["drop"]])
+    with pytest.raises(ValueError, match="of the levels of 3 units, got of 1"):
+        make_banked().check_labels(known[:1])
 
 
 def test_everything_public_is_listed() -> None:
-    assert profile_module.__all__ == sorted(profile_module.__all__)
+    assert len(profile_module.__all__) == len(set(profile_module.__all__))
     assert all(hasattr(profile_module, name) for name in profile_module.__all__)
