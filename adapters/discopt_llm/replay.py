@@ -7,6 +7,7 @@ before anything here is used on it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -109,6 +110,29 @@ def forward_replaced_(module: nn.Module, forward: Callable[..., Any]) -> Iterato
 
 
 @contextmanager
+def weights_replaced_(model: nn.Module, replaced: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give parameters other values while inside, by their full names. Nests; undone also after an error.
+
+    A tensor of the parameter's data type and device stands in for it without a copy; any other is cast and moved
+    first. The mapping is asked for one tensor at a time, so one that makes them when asked holds one of its own.
+    Raises ValueError, with the model as it was, for a name that is no parameter's, for one of several names of a
+    tied parameter, for a tensor of another shape and for one that is not floating-point.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    _check_names(parameters, replaced)
+    # All are made before the first is used: some may be made of the model's own weights.
+    values = {name: _standing_in(replaced[name], name, parameters[name]) for name in replaced}
+    before = {name: parameters[name].data for name in values}
+    try:
+        for name, value in values.items():
+            parameters[name].data = value
+        yield
+    finally:
+        for name, value in before.items():
+            parameters[name].data = value
+
+
+@contextmanager
 def skipped_(sub_blocks: Iterable[SubBlock]) -> Iterator[None]:
     """Drop sub-blocks while inside: they cost nothing and contribute zero. Nests; undone also after an error."""
     with ExitStack() as stack:
@@ -160,6 +184,26 @@ def project(model: nn.Module, anatomy: Anatomy, hidden: Tensor) -> Tensor:
     with forward_replaced_(anatomy.backbone, lambda *_, **__: output):
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
+
+
+def _check_names(parameters: Mapping[str, nn.Parameter], replaced: Iterable[str]) -> None:
+    """All are names of parameters that have no other name."""
+    uses = Counter(id(parameter) for parameter in parameters.values())
+    for name in replaced:
+        if name not in parameters:
+            raise ValueError(f"replaced weights must have full names of the model's parameters, got {name!r}")
+        if uses[id(parameters[name])] > 1:
+            others = [n for n, p in parameters.items() if p is parameters[name] and n != name]
+            raise ValueError(f"replaced weights must not be tied, got {name}, which is also {', '.join(others)}")
+
+
+def _standing_in(tensor: Tensor, name: str, parameter: nn.Parameter) -> Tensor:
+    """The tensor as the parameter stores its values; a copy only where it must be cast or moved."""
+    if tensor.shape != parameter.shape:
+        raise ValueError(f"expected {name} of shape {tuple(parameter.shape)}, got {tuple(tensor.shape)}")
+    if not tensor.is_floating_point():
+        raise ValueError(f"expected {name} in floating point, got {tensor.dtype}")
+    return tensor.detach().to(parameter.device, parameter.dtype)
 
 
 def _record(model: nn.Module, anatomy: Anatomy, ids: Tensor) -> tuple[Tensor, tuple[Arguments, ...]]:

@@ -1,24 +1,38 @@
-"""A folder that appears at its place whole, or not at all."""
+"""A folder that appears at its place whole, or not at all.
+
+While it is written it is a hidden folder beside its place, `.NAME.MARK.tmp`, and locked; what it replaces is
+`.NAME.MARK.old` for a moment. A process that is killed leaves them behind without a lock, and the next one that
+writes to the same place clears up after it.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from discopt.errors import RunFolderError
 
+if sys.platform != "win32":
+    import fcntl
+
 __all__ = ["check_target", "new_folder", "os_message", "size"]
+
+_log = logging.getLogger(__name__)
 
 
 def check_target(target: Path, note: str, *, force: bool) -> None:
     """Raise RunFolderError unless `target` is absent or empty, or `force` is on and it holds the file `note`.
 
-    That file says that we wrote the folder, so that no other one is ever replaced.
+    That file says that we wrote the folder, so that no other one is ever replaced. A folder that a killed process
+    had moved out of the way, and not yet replaced, is put back first.
     """
+    _put_back(target)
     if not target.exists():
         return
     if not target.is_dir():
@@ -39,13 +53,17 @@ def check_target(target: Path, note: str, *, force: bool) -> None:
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder beside `target` that takes its place at the end; after an error it is gone and `target` as before.
 
-    What the operating system refuses inside becomes a RunFolderError; other errors pass.
+    What killed processes have left of this target is removed first. What the operating system refuses inside becomes
+    a RunFolderError; other errors pass.
     """
     mark = os.urandom(6).hex()
     folder, before = (target.parent / f".{target.name}.{mark}.{kind}" for kind in ("tmp", "old"))
+    lock: int | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
         folder.mkdir()
+        lock = _lock(folder)
         yield folder
         _flush(folder)
         if target.exists():
@@ -59,6 +77,9 @@ def new_folder(target: Path) -> Iterator[Path]:
         if message is None:
             raise
         raise RunFolderError(f"cannot write {target}: {message}") from error
+    finally:
+        if lock is not None:
+            os.close(lock)
     shutil.rmtree(before, ignore_errors=True)
 
 
@@ -81,3 +102,59 @@ def _flush(folder: Path) -> None:
         if path.is_file():
             with open(path, "r+b") as file:
                 os.fsync(file.fileno())
+
+
+def _put_back(target: Path) -> None:
+    """Where there is no target because a process was killed between two renames, have the old one again."""
+    if target.exists() or target.is_symlink():
+        return
+    if before := _leftovers(target, "old"):
+        with suppress(OSError):
+            max(before, key=lambda folder: folder.stat().st_ctime_ns).rename(target)  # the last that was moved
+            _log.info("put back %s, which a process was replacing when it was killed", target)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what killed processes left, old folders only once there is one in their place.
+
+    What cannot be removed does no harm.
+    """
+    kinds = ("tmp", "old") if target.exists() else ("tmp",)
+    for folder in [found for kind in kinds for found in _leftovers(target, kind)]:
+        _log.info("removing %s, left by a process that was killed", folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _leftovers(target: Path, kind: str) -> list[Path]:
+    """Our hidden folders beside the target that no living process writes."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.([0-9a-f]{{12}})\.{kind}")
+    found = []
+    with suppress(OSError):
+        for path in target.parent.iterdir():
+            if (match := pattern.fullmatch(path.name)) and path.is_dir() and not path.is_symlink():
+                writing = path.with_name(f".{target.name}.{match[1]}.tmp")
+                if not writing.exists() or _is_free(writing):
+                    found.append(path)
+    return found
+
+
+def _lock(folder: Path) -> int | None:
+    """Hold a folder, by a handle that goes with the process however it ends; None if it is held or cannot be."""
+    if sys.platform == "win32":
+        return None  # cannot lock folders
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether no process holds it; where that cannot be told, it counts as held."""
+    handle = _lock(folder)
+    if handle is None:
+        return False
+    os.close(handle)
+    return True

@@ -1,8 +1,9 @@
-"""A depth-pruned model as a Hugging Face checkpoint that plain `from_pretrained` loads.
+"""A student of a model as a dense Hugging Face checkpoint that plain `from_pretrained` loads.
 
 Blocks that lost both their sub-blocks are left out and the others renumbered; of every other dropped sub-block the
-output projections are written as zeros. The model in memory is only read: the files come from a model of the smaller
-config that has no weights of its own, and from the tensors of the loaded one.
+output projections are written as zeros. Weights that the student has instead of the model's are written in the
+model's data type. The model in memory is as it was in the end: the files come from a model of the smaller config
+that has no weights of its own, and from the tensors of the loaded one, replaced where the student has others.
 
 A config may compute something from a layer's number (which layers are mixtures of experts, how wide a window is), so
 leaving layers out can make another model. Then all layers are written, with zeros, and the summary says why.
@@ -15,8 +16,9 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,21 +27,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging as hf_logging
+from transformers import PreTrainedModel
 
-from discopt_llm.anatomy import Anatomy, SubBlock, skipped_
+from discopt_llm.anatomy import Anatomy, SubBlock
 from discopt_llm.errors import ModelError
-from discopt_llm.export.folder import check_target, new_folder, os_message, size
+from discopt_llm.export.folder import check_target, new_folder, size
+from discopt_llm.export.proof import Student, UnfitError, unfit_if, without_bars
 from discopt_llm.models import LoadedModel
+from discopt_llm.replay import weights_replaced_
 
 __all__ = ["CheckpointSummary", "write_checkpoint"]
 
 FORMAT = "discopt-hf"
 VERSION = 1
 NOTE = "discopt.json"  # what was done, for programs; its presence says that the folder is ours to replace
-CHECKED_TOKENS = 64  # length of the two random sequences on which the written model is compared
-CACHE_SLACK = 5.0  # with a cache, products are taken in other portions, which rounds differently
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class CheckpointSummary:
     bytes: int  # of all files
     form: str  # for people: which layers and sub-blocks are there, and why
     verified: bool  # loaded again, and its logits equal the searched student's
+    replaced: int = 0  # parameters in it that are not the model's own
 
     @property
     def sentence(self) -> str:
@@ -72,17 +74,24 @@ def write_checkpoint(
     dropped: NDArray[np.bool_],
     out: str | os.PathLike[str],
     *,
+    replaced: Mapping[str, Tensor] | None = None,
+    what: str = "",
     force: bool = False,
     verify: bool = True,
 ) -> CheckpointSummary:
     """Write the model without its dropped sub-blocks, (blocks, 2) attention and MLP, to the folder `out`.
 
+    `replaced` has the student's weights by the full names of the model's parameters, each of the parameter's shape
+    and of any floating-point type; `what` says for the reader what they are: "quantized to 3.00 bits on average by
+    GPTQ". The mapping may make its tensors when asked: it is asked for one at a time, but all of them, cast to the
+    model's data type, are held beside the model until they are written, for transformers writes a model at once.
+
     With `verify` the files are loaded again, which takes the memory of a second model, and must give the logits of
-    the loaded model with those sub-blocks skipped, with and without a cache. `force` replaces a checkpoint that was
-    written by this function, and nothing else.
+    the loaded model with those weights and those sub-blocks skipped, with and without a cache. `force` replaces a
+    checkpoint that was written by this function, and nothing else.
 
     Raises RunFolderError if `out` exists or cannot be written, ModelError if no form of the checkpoint gives these
-    logits. Either way what was at `out` is still there, and nothing else is left.
+    logits, ValueError as `weights_replaced_`. In all cases what was at `out` is still there, and nothing else is left.
     """
     decisions = np.asarray(dropped)
     blocks = loaded.anatomy.blocks
@@ -92,15 +101,22 @@ def write_checkpoint(
         raise ModelError(f"{loaded.source} is quantized; a checkpoint can be written of floating-point weights only")
     target = Path(out).resolve() if os.path.islink(out) else Path(out)
     check_target(target, NOTE, force=force)
-    student = _Student.of(loaded, decisions) if verify else None
-    refusal: _UnfitError | None = None
-    for plan in _plans(loaded.anatomy, decisions):
+    weights = replaced or {}
+    origin = _Origin(loaded.source, loaded.fingerprint)  # before other weights are in the model
+    student: Student | None = None
+    refusal: UnfitError | None = None
+    for plan in _plans(loaded.anatomy, decisions, tuple(weights), what):
         form = plan.sentence(refusal)
         try:
-            with new_folder(target) as folder:
-                _save(loaded, plan, form, folder)
-                if student is not None:
-                    student.check(folder)
+            with ExitStack() as stack:
+                stack.enter_context(weights_replaced_(loaded.model, weights))
+                if verify and student is None:
+                    student = Student.of(loaded, decisions)
+                with new_folder(target) as folder:
+                    _save(loaded, origin, plan, form, folder)
+                    stack.close()  # loading what was written needs the memory of the replaced weights
+                    if student is not None:
+                        student.check(folder)
             return CheckpointSummary(
                 path=target,
                 layers_before=len(blocks),
@@ -109,18 +125,15 @@ def write_checkpoint(
                 bytes=size(target),
                 form=form,
                 verified=verify,
+                replaced=len(plan.written),
             )
-        except _UnfitError as unfit:
+        except UnfitError as unfit:
             _log.info("%s, of %d layers: %s", target, len(plan.kept), unfit)
             refusal = unfit
     raise ModelError(f"cannot write {target}: {refusal}") from refusal
 
 
 # -- forms of a checkpoint -------------------------------------------------------------------------------------
-
-
-class _UnfitError(Exception):
-    """This form of the checkpoint is not the searched student; the message says why, for a sentence to go on with."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +143,8 @@ class _Plan:
     anatomy: Anatomy
     dropped: NDArray[np.bool_]  # (blocks, 2)
     kept: tuple[int, ...]  # blocks that are written
+    replaced: tuple[str, ...]  # parameters for which the student has other weights
+    what: str  # what these weights are
 
     @property
     def left_out(self) -> tuple[int, ...]:
@@ -141,6 +156,17 @@ class _Plan:
         kept = [(b.attention, b.mlp) for b in (self.anatomy.blocks[i] for i in self.kept)]
         gone = self.dropped[list(self.kept)]
         return tuple(part for part, g in zip(itertools.chain(*kept), gone.flat, strict=True) if g)
+
+    @property
+    def silent(self) -> frozenset[str]:
+        """Parameters that are written as zeros."""
+        return frozenset(name for part in self.zeroed for name in part.outputs)
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """Replaced parameters that are written, as the checkpoint calls them."""
+        names = (self.renamed(name) for name in self.replaced if name not in self.silent)
+        return tuple(name for name in names if name is not None)
 
     def renamed(self, name: str) -> str | None:
         """What a module or tensor is called in the checkpoint; None if it is left out."""
@@ -160,7 +186,7 @@ class _Plan:
             return make(self.kept.index(i) for i in value if i in self.kept)  # type: ignore[call-arg]
         return value
 
-    def sentence(self, refusal: _UnfitError | None) -> str:
+    def sentence(self, refusal: UnfitError | None) -> str:
         """What the checkpoint holds, and why not less; `refusal` is what was wrong with a smaller form."""
         n, whole = len(self.dropped), np.flatnonzero(self.dropped.all(axis=1))
         parts = [f"{len(self.kept)} of {_count(n, 'layer')}" if self.left_out else f"all {_count(n, 'layer')}"]
@@ -168,7 +194,9 @@ class _Plan:
             parts.append(f"{_count(len(self.left_out), 'block')} left out")
         if self.zeroed:
             parts.append(f"{_count(len(self.zeroed), 'dropped sub-block')} kept with output projections of zeros")
-        if not self.dropped.any():
+        if self.written:
+            parts.append(f"{_count(len(self.written), 'weight tensor')} {self.what or 'replaced'}")
+        if not self.dropped.any() and not self.written:
             parts.append("nothing dropped")
         if stuck := [i for i in self.kept if i in whole]:
             why = "a block by itself changes what passes through it"
@@ -180,12 +208,12 @@ class _Plan:
         return ", ".join(parts)
 
 
-def _plans(anatomy: Anatomy, dropped: NDArray[np.bool_]) -> Iterator[_Plan]:
+def _plans(anatomy: Anatomy, dropped: NDArray[np.bool_], replaced: tuple[str, ...], what: str) -> Iterator[_Plan]:
     """The forms to try, the smallest first."""
     everything = tuple(range(len(dropped)))
     kept = tuple(i for i in everything if not (dropped[i].all() and anatomy.blocks[i].transparent))
     for blocks in dict.fromkeys((kept or everything[:1], everything)):
-        yield _Plan(anatomy, dropped, blocks)
+        yield _Plan(anatomy, dropped, blocks, replaced, what)
 
 
 def _count(number: int, noun: str) -> str:
@@ -195,16 +223,16 @@ def _count(number: int, noun: str) -> str:
 # -- writing ---------------------------------------------------------------------------------------------------
 
 
-def _save(loaded: LoadedModel, plan: _Plan, form: str, folder: Path) -> None:
-    """All files of a checkpoint; raises _UnfitError where the model's own config or code is in the way."""
+def _save(loaded: LoadedModel, origin: _Origin, plan: _Plan, form: str, folder: Path) -> None:
+    """All files of a checkpoint; raises UnfitError where the model's own config or code is in the way."""
     shell = _shell(loaded.model, plan)
     tensors = _tensors(loaded.model, plan)
     _check_tensors(shell, tensors)
     if plan.left_out:
         _check_blocks(shell, plan)
-    (folder / NOTE).write_text(_note(loaded, plan, form), encoding="utf-8")
-    (folder / "README.md").write_text(_card(loaded, plan, form), encoding="utf-8")
-    with _unfit_if("it cannot be saved"), _without_bars():
+    (folder / NOTE).write_text(_note(origin, plan, form), encoding="utf-8")
+    (folder / "README.md").write_text(_card(origin, plan, form), encoding="utf-8")
+    with unfit_if("it cannot be saved"), without_bars():
         shell.save_pretrained(folder, state_dict=tensors)
         loaded.tokenizer.save_pretrained(folder)
 
@@ -212,7 +240,7 @@ def _save(loaded: LoadedModel, plan: _Plan, form: str, folder: Path) -> None:
 def _shell(model: PreTrainedModel, plan: _Plan) -> PreTrainedModel:
     """A model of the checkpoint's config without weights, made from what a reader of its config.json will see."""
     depth = len(plan.kept)
-    with _unfit_if(f"a model of {_count(depth, 'layer')} cannot be made"):
+    with unfit_if(f"a model of {_count(depth, 'layer')} cannot be made"):
         config = copy.deepcopy(model.config)
         text = config.get_text_config()
         text.num_hidden_layers = depth
@@ -230,12 +258,20 @@ def _shell(model: PreTrainedModel, plan: _Plan) -> PreTrainedModel:
 
 
 def _tensors(model: PreTrainedModel, plan: _Plan) -> dict[str, Tensor]:
-    """The checkpoint's tensors by name: the model's own, and zeros."""
-    silent = {name for part in plan.zeroed for name in part.outputs}
+    """The checkpoint's tensors by name: the model's own as they are now, and zeros."""
+    silent, replaced = plan.silent, frozenset(plan.replaced)
+    state = model.state_dict()
+    users = Counter(tensor.untyped_storage().data_ptr() for tensor in state.values())
     tensors = {}
-    for name, tensor in model.state_dict().items():
-        if (new := plan.renamed(name)) is not None:
-            tensors[new] = torch.zeros_like(tensor) if name in silent else tensor
+    for name, tensor in state.items():
+        if (new := plan.renamed(name)) is None:
+            continue
+        if name in silent:
+            tensors[new] = torch.zeros_like(tensor)
+        elif name in replaced and users[tensor.untyped_storage().data_ptr()] > 1:
+            tensors[new] = tensor.clone()  # tensors that share memory would be taken for tied ones
+        else:
+            tensors[new] = tensor
     return tensors
 
 
@@ -245,11 +281,11 @@ def _check_tensors(shell: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
     config = f"a config of {_count(shell.config.get_text_config().num_hidden_layers, 'layer')}"
     for name in sorted({*wanted, *tensors}):
         if name not in tensors:
-            raise _UnfitError(f"{config} asks for {name}, which the model does not have")
+            raise UnfitError(f"{config} asks for {name}, which the model does not have")
         if name not in wanted:
-            raise _UnfitError(f"{config} has no place for {name}")
+            raise UnfitError(f"{config} has no place for {name}")
         if wanted[name] != (shape := tuple(tensors[name].shape)):
-            raise _UnfitError(f"{config} asks for {name} of shape {wanted[name]}, got {shape}")
+            raise UnfitError(f"{config} asks for {name} of shape {wanted[name]}, got {shape}")
 
 
 def _check_blocks(shell: PreTrainedModel, plan: _Plan) -> None:
@@ -265,7 +301,7 @@ def _check_blocks(shell: PreTrainedModel, plan: _Plan) -> None:
                 numbered = type(a) is type(b) is int and b - a == new - old  # it is, or counts from, the layer's number
                 if a != b and not numbered:
                     where = f"{name}.{key}" if name else key
-                    raise _UnfitError(f"block {old} as layer {new} would have another {where}: {b}, not {a}")
+                    raise UnfitError(f"block {old} as layer {new} would have another {where}: {b}, not {a}")
 
 
 def _settings(module: nn.Module | None) -> dict[str, Any]:
@@ -280,113 +316,34 @@ def _settings(module: nn.Module | None) -> dict[str, Any]:
     return {"class": type(module).__name__, **plain}
 
 
-def _note(loaded: LoadedModel, plan: _Plan, form: str) -> str:
+@dataclass(frozen=True)
+class _Origin:
+    """Which model a checkpoint is made of."""
+
+    source: str
+    fingerprint: str
+
+
+def _note(origin: _Origin, plan: _Plan, form: str) -> str:
     document = {
         "format": FORMAT,
         "version": VERSION,
-        "model": {"source": loaded.source, "fingerprint": loaded.fingerprint},
+        "model": asdict(origin),
         "form": form,
         "left_out": [plan.anatomy.blocks[i].name for i in plan.left_out],
         "zeroed": [plan.renamed(part.name) for part in plan.zeroed],
+        "replaced": {"what": plan.what, "parameters": list(plan.written)},
     }
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
-def _card(loaded: LoadedModel, plan: _Plan, form: str) -> str:
+def _card(origin: _Origin, plan: _Plan, form: str) -> str:
     zeroed = ", ".join(f"`{plan.renamed(part.name)}`" for part in plan.zeroed) or "none"
     left_out = ", ".join(map(str, plan.left_out)) or "none"
+    replaced = f"{len(plan.written)} ({plan.what or 'replaced'}; `{NOTE}` names them)" if plan.written else "none"
     return (
-        f"Depth-pruned by discopt from `{loaded.source}`: {form}.\n\n"
+        f"{'Compressed' if plan.written else 'Depth-pruned'} by discopt from `{origin.source}`: {form}.\n\n"
         f"Blocks of the original that are left out, counted from 0: {left_out}.\n\n"
-        f"Sub-blocks that contribute nothing because their output projections are zeros: {zeroed}.\n"
+        f"Sub-blocks that contribute nothing because their output projections are zeros: {zeroed}.\n\n"
+        f"Weight tensors that are not the original's: {replaced}.\n"
     )
-
-
-# -- checking --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Student:
-    """What the searched student answers on two random sequences."""
-
-    loaded: LoadedModel
-    ids: Tensor  # (2, L)
-    logits: Tensor  # (2, L, V) float32 on the CPU
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, loaded: LoadedModel, dropped: NDArray[np.bool_]) -> _Student:
-        model = loaded.model
-        embedding: Any = model.get_input_embeddings()
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or CHECKED_TOKENS
-        shape = (2, min(CHECKED_TOKENS, positions))
-        ids = torch.randint(len(embedding.weight), shape, generator=torch.Generator().manual_seed(0)).to(model.device)
-        parts = zip(loaded.anatomy.sub_blocks, dropped.flat, strict=True)
-        with skipped_(part for part, gone in parts if gone):
-            return cls(loaded, ids, _on_cpu(model(input_ids=ids, use_cache=False).logits))
-
-    @torch.no_grad()
-    def check(self, folder: Path) -> None:
-        """Load the files as anyone would and compare; raises _UnfitError."""
-        with _unfit_if("what was written cannot be loaded and run"), _without_bars():
-            read: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=self.loaded.model.dtype,
-                output_loading_info=True,
-                trust_remote_code=self.loaded.model.is_remote_code(),
-            )
-            model, info = read
-            for problem, names in info.items():
-                if names:
-                    raise _UnfitError(f"loading what was written reports {problem}: {', '.join(map(str, names))}")
-            model = model.to(self.loaded.model.device).eval()
-            logits = model(input_ids=self.ids, use_cache=False).logits
-            half = self.ids.shape[1] // 2
-            first = model(input_ids=self.ids[:, :half], use_cache=True)
-            cache = getattr(first, "past_key_values", None)
-            second = None
-            if cache is not None:
-                second = model(input_ids=self.ids[:, half:], past_key_values=cache, use_cache=True).logits
-        self._compare(logits, self.logits, 1.0, "the logits of what was written")
-        if second is not None:
-            self._compare(second, self.logits[:, half:], CACHE_SLACK, "with a cache its logits")
-
-    def _compare(self, logits: Tensor, expected: Tensor, slack: float, what: str) -> None:
-        difference = torch.linalg.vector_norm(_on_cpu(logits) - expected) / torch.linalg.vector_norm(expected)
-        allowed = slack * max(4 * torch.finfo(self.loaded.model.dtype).eps, 1e-4)
-        if not difference <= allowed:
-            raise _UnfitError(
-                f"{what} differ from the searched student's by {difference:.1e} of their size, expected {allowed:.0e}"
-            )
-
-
-def _on_cpu(logits: Tensor) -> Tensor:
-    return logits.detach().to("cpu", torch.float32)
-
-
-@contextmanager
-def _unfit_if(what: str) -> Iterator[None]:
-    """What a model's code raises is a reason against this form; what the operating system says is not."""
-    try:
-        yield
-    except _UnfitError:
-        raise
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ModelError("too little memory to load what was written beside the model; leave out verifying") from error
-    except Exception as error:  # a model's own code may raise anything
-        if os_message(error) is not None:
-            raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise _UnfitError(f"{what}: {lines[0]}") from error
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """No progress bars of transformers while inside."""
-    enabled = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            hf_logging.enable_progress_bar()

@@ -1,0 +1,110 @@
+"""A folder that appears whole or not at all, also when the process that writes it is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from discopt.errors import RunFolderError
+from discopt_llm.export.folder import check_target, new_folder
+
+NOTE = "note.json"
+NEEDS_SIGNALS = pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL and locks on folders")
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from discopt_llm.export import folder
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+target, moment = Path(sys.argv[1]), sys.argv[2]
+replace, left = os.replace, {"writing": 0, "moved": 1, "renamed": 2}[moment]
+def replace_then_die(source, to):
+    global left
+    replace(source, to)
+    left -= 1
+    left or die()
+
+folder.os.replace = replace_then_die
+with folder.new_folder(target) as new:
+    (new / "note.json").write_text("new")
+    left or die()
+"""
+
+
+def write(target: Path, text: str) -> None:
+    with new_folder(target) as folder:
+        (folder / NOTE).write_text(text)
+
+
+def kill_at(moment: str, target: Path) -> None:
+    """Let a process die while it replaces the target: `writing`, when the old one is `moved`, the new one `renamed`."""
+    run = subprocess.run(
+        [sys.executable, "-c", KILLED, target, moment], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+    assert run.returncode == -signal.SIGKILL
+
+
+def test_nothing_else_is_left(tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        write(tmp_path / "out", text)
+        assert (tmp_path / "out" / NOTE).read_text() == text
+        assert os.listdir(tmp_path) == ["out"]
+
+
+@NEEDS_SIGNALS
+@pytest.mark.parametrize(
+    ("moment", "hidden", "text"), [("writing", 1, "old"), ("moved", 2, "old"), ("renamed", 1, "new")]
+)
+def test_the_next_one_clears_up_after_a_killed_one(tmp_path: Path, moment: str, hidden: int, text: str) -> None:
+    out = tmp_path / "out"
+    write(out, "old")
+    kill_at(moment, out)
+    assert len([name for name in os.listdir(tmp_path) if name.startswith(".out.")]) == hidden
+    with pytest.raises(RunFolderError, match="out exists already"):
+        check_target(out, NOTE, force=False)
+    assert (out / NOTE).read_text() == text
+    check_target(out, NOTE, force=True)
+    write(out, "newest")
+    assert (out / NOTE).read_text() == "newest"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@NEEDS_SIGNALS
+def test_an_old_folder_is_never_removed_before_there_is_a_new_one(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write(out, "old")
+    kill_at("moved", out)
+    with pytest.raises(RunFolderError, match="cannot write"), new_folder(out):
+        raise OSError(28, "No space left on device")
+    check_target(out, NOTE, force=True)
+    assert (out / NOTE).read_text() == "old"
+
+
+@NEEDS_SIGNALS
+def test_a_folder_that_is_being_written_is_left_alone(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "out") as first:
+        (first / NOTE).write_text("first")
+        write(tmp_path / "out", "second")
+        assert (first / NOTE).read_text() == "first"
+    assert (tmp_path / "out" / NOTE).read_text() == "first"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@NEEDS_SIGNALS
+def test_only_leftovers_of_the_same_target_are_removed(tmp_path: Path) -> None:
+    mark = "0123456789ab"
+    others = [f".out.v2.{mark}.tmp", f".outer.{mark}.tmp", ".out.mine.tmp", f".out.{mark}0.tmp", f"out.{mark}.tmp"]
+    for name in (*others, f".out.{mark}.tmp"):
+        (tmp_path / name).mkdir()
+    (tmp_path / f".out.{mark[::-1]}.tmp").write_text("a file is not ours")
+    (tmp_path / f".out.{'f' * 12}.tmp").symlink_to(others[0])
+    write(tmp_path / "out", "new")
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, f".out.{mark[::-1]}.tmp", f".out.{'f' * 12}.tmp", "out"])
