@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from discopt.optimizers import EvoPress, EvoPressSettings, Measurement, Optimizer, RandomSearch, Stage, StopReason
     from discopt.problem import Problem
     from discopt.run import Limits, Progress, Result, minimize
+    from discopt.separable import solve_separable
     from discopt.space import SearchSpace
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "StopReason",
     "as_objective",
     "minimize",
+    "solve_separable",
 ]
 
 _HOMES = {
@@ -48,6 +50,7 @@ _HOMES = {
     "optimizers": "EvoPress EvoPressSettings Measurement Optimizer RandomSearch Stage StopReason",
     "problem": "Problem",
     "run": "Limits Progress Result minimize",
+    "separable": "solve_separable",
     "space": "SearchSpace",
 }
 

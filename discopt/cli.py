@@ -140,7 +140,13 @@ StartFidelity = Annotated[
     _search("Fidelity to choose it at. Without it: the first stage's.", metavar="N", min=1, show_default=False),
 ]
 Switches = Annotated[str, _search("Weights of 1, 2, ... level switches in a mutation.", metavar="W1,W2,...")]
-Rule = Annotated[str, _search("Switch levels within groups of equal cost, or across.", metavar="within|across")]
+Rule = Annotated[
+    str,
+    _search(
+        "Switch levels within groups of equal cost, or across; or exchange budget between units and spend all of it.",
+        metavar="within|across|exchange",
+    ),
+]
 Algorithm = Annotated[str, _search("How to search.", metavar="evopress|random")]
 Seed = Annotated[int, _search("Same seed, same run.", metavar="N", min=0)]
 

@@ -1,7 +1,8 @@
-"""Level-switch mutation on whole populations (EvoPress, Algorithm 1; METHOD.md, "Algorithm 1", step 3).
+"""Mutation of whole populations: level switches (EvoPress, Algorithm 1; METHOD.md, "Algorithm 1", step 3).
 
 A switch moves one unit down a level and another of the same group up one. Where the steps of a group all cost the
-same, the cost stays as it is; where they do not, offspring over the budget are thrown away.
+same, the cost stays as it is; where they do not, offspring over the budget are thrown away. `discopt.exchange` has a
+rule of our own for units of different cost.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from discopt.exchange import exchange
 from discopt.space import Ints, Levels, SearchSpace
 
+RULES = ("within", "across", "exchange")
 TRIES = 32  # random draws of a unit before its group is searched through
 ROUNDS = 24  # times that missing offspring are drawn again before a generation goes on with fewer
 MAX_LEVEL_CHANGES = 10  # across-groups rule
@@ -33,12 +36,13 @@ def offspring(
     """Distinct feasible offspring of random parents, none equal to a parent: (p, n) -> (at most count, n).
 
     `switches[i]` is the weight of i + 1 switches; (5, 3, 1) is min(U{1..3}, U{1..3}). `rule` is "within" (a switch
-    stays in its group) or "across" (raise anywhere, then lower until the budget holds). Fewer than `count` rows come
-    back where the neighbourhood does not hold more.
+    stays in its group), "across" (raise anywhere, then lower until the budget holds) or "exchange" (move anywhere, then
+    fill the budget again; the only rule that moves bundles). Fewer than `count` rows come back where the neighbourhood
+    does not hold more.
     """
     rows: Levels = np.asarray(parents, dtype=np.int16)
     weights = np.asarray(switches, dtype=np.float64)
-    slack = space.budget - space.cost_of(rows) if rule == "across" else None  # (p, r)
+    slack = space.budget - space.cost_of(rows) if rule != "within" else None  # (p, r)
     seen = {row.tobytes() for row in rows}
     found: list[Levels] = []
     drawn = 0
@@ -52,6 +56,8 @@ def offspring(
         drawn += size
         if slack is None:
             children = level_switch(rows[chosen], number, space, rng)
+        elif rule == "exchange":
+            children = exchange(rows[chosen], slack[chosen], number, space, rng)
         else:
             children = raise_and_lower(rows[chosen], slack[chosen], number, space, rng)
         for child in children:

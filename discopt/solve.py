@@ -303,6 +303,8 @@ def _space_checksum(space: SearchSpace) -> str:
     digest = hashlib.sha256(repr((space.names, space.cost.shape)).encode())
     for array in (space.cost, space.budget, space.group, space.allowed):
         digest.update(array.tobytes())
+    if space.bundles:  # without any, the checksum is that of runs made before there were bundles
+        digest.update(space.together.tobytes())
     return digest.hexdigest()
 
 

@@ -3,6 +3,9 @@
 Costs are integers, so whether a profile meets its budget is exact. Within a unit a higher level costs at least as
 much in every resource; the cheapest profile is therefore the lowest allowed level everywhere, and a budget can be
 met exactly when that profile meets it.
+
+Units can be tied into bundles that leave their lowest level together: the layers of a sub-block that is dropped as a
+whole or not at all.
 """
 
 from __future__ import annotations
@@ -15,15 +18,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from discopt.errors import BudgetError
+from discopt.moves import Moves
 
 Ints = NDArray[np.int64]
 Levels = NDArray[np.int16]
 MAX_LEVELS = np.iinfo(np.int16).max
+GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True, eq=False)
 class SearchSpace:
     """Profiles x in [m]^n with sum_i cost[r, i, x_i] <= budget[r] for every resource r.
+
+    Units with one label in `together` are at their lowest allowed level all, or none of them.
 
     Use `SearchSpace.build` or `SearchSpace.cardinality`; the plain constructor takes the arrays as they are stored.
     Raises ValueError for arrays that do not fit together and BudgetError for a budget that no profile meets.
@@ -34,12 +41,13 @@ class SearchSpace:
     group: Ints  # (n,) units of one group may trade levels
     names: tuple[str, ...]  # (n,)
     allowed: NDArray[np.bool_]  # (n, m)
+    together: Ints  # (n,)
 
     def __post_init__(self) -> None:
         if self.cost.ndim != 3 or 0 in self.cost.shape:
             raise ValueError(f"cost must have shape (r, n, m), none of them 0, got {self.cost.shape}")
         r, n, m = self.cost.shape
-        expected = {"budget": (r,), "group": (n,), "allowed": (n, m)}
+        expected = {"budget": (r,), "group": (n,), "allowed": (n, m), "together": (n,)}
         for name, shape in expected.items():
             if getattr(self, name).shape != shape:
                 raise ValueError(f"{name} must have shape {shape}, got {getattr(self, name).shape}")
@@ -55,13 +63,22 @@ class SearchSpace:
             unit = int(np.flatnonzero(~self.allowed.any(axis=1))[0])
             raise ValueError(f"every unit needs an allowed level, got none for unit {self.names[unit]!r}")
         self._check_costs()
+        movable = self.allowed.sum(axis=1) > 1
+        for units in self.bundles:
+            if not movable[units].all():
+                names = [self.names[units[movable[units] == able][0]] for able in (False, True)]
+                raise ValueError(
+                    "units that go together need a second allowed level all, or none of them, "
+                    f"got none for {names[0]!r} and one for {names[1]!r}"
+                )
 
     def _check_costs(self) -> None:
         if max(sum(int(c) for c in row) for row in np.abs(self.cost).max(axis=2)) > np.iinfo(np.int64).max:
             raise ValueError("the total cost must fit 64 bits, got more; count in a larger unit")
-        steps = self._step_cost
-        if (steps < 0).any():
-            resource, unit, level = (int(i) for i in np.argwhere(steps < 0)[0])
+        is_step = self.allowed & (self._above >= 0)
+        steps = np.take_along_axis(self.cost, np.maximum(self._above, 0)[None].astype(np.intp), axis=2) - self.cost
+        if (is_step & (steps < 0)).any():
+            resource, unit, level = (int(i) for i in np.argwhere(is_step & (steps < 0))[0])
             raise ValueError(
                 f"a higher level must not cost less, got a step of {steps[resource, unit, level]} "
                 f"from level {level} of unit {self.names[unit]!r} (resource {resource})"
@@ -82,11 +99,13 @@ class SearchSpace:
         group: str | Sequence[int | str] | Ints = "size",
         names: Sequence[str] | None = None,
         allowed: ArrayLike | None = None,
+        together: Sequence[int | str] | Ints | None = None,
     ) -> SearchSpace:
         """A space from costs (n, m) or (r, n, m), or from n lists of different lengths, and a budget per resource.
 
         `group` is "size" (units whose level steps cost the same may trade), "none" (all units are one group), or a
-        label per unit. `allowed` (n, m) forbids levels. Raises TypeError for costs that are not integers.
+        label per unit. `allowed` (n, m) forbids levels. `together` is a label per unit: units with the same one are at
+        their lowest allowed level all or none. Raises TypeError for costs that are not integers.
         """
         table, legal = _cost_table(cost)
         if allowed is not None:
@@ -101,6 +120,7 @@ class SearchSpace:
             group=_groups(group, table, legal),
             names=tuple(names) if names is not None else tuple(f"unit{i}" for i in range(n)),
             allowed=legal,
+            together=_numbered(together, n, "together") if together is not None else np.arange(n),
         )
 
     @classmethod
@@ -125,27 +145,45 @@ class SearchSpace:
 
     @cached_property
     def up(self) -> Levels:
-        """The next allowed level above each level, (n, m); -1 where there is none."""
-        table = np.full((self.n, self.m), -1, dtype=np.int16)
-        above = np.full(self.n, -1, dtype=np.int16)
-        for level in range(self.m - 1, -1, -1):
-            table[:, level] = above
-            above = np.where(self.allowed[:, level], np.int16(level), above)
+        """The next allowed level above each level, (n, m); -1 where there is none that a unit can take by itself."""
+        table = self._above.copy()
+        bundled = self._bundled
+        table[bundled, self.cheapest()[bundled]] = -1
         return table
 
     @cached_property
     def down(self) -> Levels:
-        """The next allowed level below each level, (n, m); -1 where there is none."""
-        table = np.full((self.n, self.m), -1, dtype=np.int16)
-        below = np.full(self.n, -1, dtype=np.int16)
-        for level in range(self.m):
-            table[:, level] = below
-            below = np.where(self.allowed[:, level], np.int16(level), below)
-        return table
+        """The next allowed level below each level, (n, m); -1 where there is none that a unit can take by itself."""
+        table = _next_allowed(self.allowed, range(self.m))
+        lowest = np.where(self._bundled, self.cheapest(), -1)
+        return np.where(table == lowest[:, None], np.int16(-1), table)
+
+    @cached_property
+    def _above(self) -> Levels:
+        """The next allowed level above each level, (n, m); -1 where there is none."""
+        return _next_allowed(self.allowed, range(self.m - 1, -1, -1))
+
+    @cached_property
+    def bundles(self) -> tuple[NDArray[np.intp], ...]:
+        """The units of each label that more than one has, and that can leave their lowest level."""
+        order = np.argsort(self.together, kind="stable")
+        labels = np.split(order, np.flatnonzero(np.diff(self.together[order])) + 1)
+        movable = self.allowed.sum(axis=1) > 1
+        return tuple(units for units in labels if len(units) > 1 and movable[units].any())
+
+    @cached_property
+    def _bundled(self) -> NDArray[np.bool_]:
+        """Which units are in a bundle, (n,)."""
+        return np.isin(np.arange(self.n), np.concatenate(self.bundles) if self.bundles else [])
+
+    @cached_property
+    def moves(self) -> Moves:
+        """The single moves of profiles, of units and bundles."""
+        return Moves(self)
 
     @cached_property
     def _step_cost(self) -> Ints:
-        """What going up from each allowed level costs, (r, n, m); 0 where there is no step."""
+        """What going up by itself from each allowed level costs, (r, n, m); 0 where there is no step."""
         is_step = self.allowed & (self.up >= 0)
         above = np.take_along_axis(self.cost, np.maximum(self.up, 0)[None].astype(np.int64), axis=2)
         return np.where(is_step, above - self.cost, 0)
@@ -174,6 +212,12 @@ class SearchSpace:
         highest: Levels = (self.m - 1 - self.allowed[:, ::-1].argmax(axis=1)).astype(np.int16)
         return highest
 
+    @cached_property
+    def second(self) -> Levels:
+        """The allowed level next to the lowest of every unit, (n,); the lowest itself where it is the only one."""
+        lowest = self.cheapest()
+        return np.maximum(self._above[np.arange(self.n), lowest], lowest)
+
     def uniform(self) -> Levels | None:
         """The dearest feasible profile with one level everywhere, (n,); None if there is none."""
         for level in range(self.m - 1, -1, -1):
@@ -188,16 +232,26 @@ class SearchSpace:
         return np.stack([table[units, population].sum(axis=1, dtype=np.int64) for table in self.cost], axis=1)
 
     def feasible(self, population: NDArray[np.integer]) -> NDArray[np.bool_]:
-        """Whether all levels are allowed and every budget holds: (k, n) -> (k,)."""
+        """Whether all levels are allowed, bundles whole, and every budget holds: (k, n) -> (k,)."""
         legal: NDArray[np.bool_] = self.allowed[np.arange(self.n), population].all(axis=1)
         affordable: NDArray[np.bool_] = np.all(self.cost_of(population) <= self.budget, axis=1)
-        return legal & affordable
+        return legal & affordable & ~self._torn(population).any(axis=1)
+
+    def _torn(self, population: NDArray[np.integer]) -> NDArray[np.bool_]:
+        """Which bundles have units at their lowest level and others that are not, (k, bundles)."""
+        if not self.bundles:
+            return np.zeros((len(population), 0), dtype=bool)
+        units = np.concatenate(self.bundles)
+        first = np.cumsum([0, *map(len, self.bundles[:-1])])
+        low = population[:, units] == self.cheapest()[units]
+        torn: NDArray[np.bool_] = np.logical_or.reduceat(low, first, axis=1)
+        return torn & ~np.logical_and.reduceat(low, first, axis=1)
 
     def is_full(self, profile: NDArray[np.integer]) -> bool:
-        """Whether no single step up fits what is left of the budget."""
-        steps = np.flatnonzero(self.up[np.arange(self.n), profile] >= 0)
+        """Whether no single step up, of a unit or a bundle, fits what is left of the budget."""
+        price = self.moves.prices(np.asarray(profile)[None], np.arange(self.moves.count)[None], up=True)[:, 0]
         left = self.budget - self.cost_of(profile[None])[0]
-        return not (self._step_cost[:, steps, profile[steps]] <= left[:, None]).all(axis=0).any()
+        return not ((price >= 0) & (price <= left[:, None])).all(axis=0).any()
 
     def check(self, profile: ArrayLike) -> Levels:
         """The profile as (n,) int16; raises ValueError if it is not one of this space."""
@@ -209,6 +263,12 @@ class SearchSpace:
             bad = outside if outside.any() else ~self.allowed[np.arange(self.n), levels]
             unit = int(np.flatnonzero(bad)[0])
             raise ValueError(f"level {levels[unit]} of unit {self.names[unit]!r} is not allowed")
+        if (torn := self._torn(levels[None])[0]).any():
+            units = self.bundles[int(torn.argmax())]
+            low, high = (self.names[units[(levels == self.cheapest())[units] == is_low][0]] for is_low in (True, False))
+            raise ValueError(
+                f"units that go together leave their lowest level together, got {low!r} there, {high!r} not"
+            )
         if not self.feasible(levels[None])[0]:
             cost = self.cost_of(levels[None])[0]
             raise ValueError(f"a profile must cost at most {_numbers(self.budget)}, got {_numbers(cost)}")
@@ -217,16 +277,52 @@ class SearchSpace:
     def random(self, k: int, rng: np.random.Generator) -> Levels:
         """Random feasible profiles that spend the budget as far as steps fit: (k, n).
 
-        Every row takes all steps of all units in a random order and climbs those that still fit. With two levels of
-        equal cost this draws subsets uniformly.
+        Every row takes all steps of all units in a random order and climbs those that still fit; before them, those
+        of the bundles. With two levels of equal cost this draws subsets uniformly.
         """
         rows = [self._fill(self.cheapest(), rng) for _ in range(k)]
         return np.stack(rows) if rows else np.empty((0, self.n), dtype=np.int16)
 
+    def nearest_uniform(self) -> Levels:
+        """The dearest feasible profile with one level everywhere, and the rest of the budget spent evenly: (n,).
+
+        What `uniform` leaves is spent on steps of different units (or bundles), at most one for each, until no
+        further one fits. Units take their turns in the order of the fractional parts of i * golden ratio, so that
+        those raised lie evenly among all units and among every second, third or seventh of them. Without a uniform
+        profile, turns are taken from the cheapest profile on, as long as any step fits.
+        """
+        base = self.uniform()
+        profile = self.cheapest() if base is None else base
+        order = np.argsort(np.arange(self.n) * GOLDEN % 1.0, kind="stable")
+        left = self.budget - self.cost_of(profile[None])[0]
+        while True:
+            climbed, left = self._climb_once(profile, order, left)
+            if base is not None or (climbed == profile).all():
+                return climbed
+            profile = climbed
+
+    def _climb_once(self, profile: Levels, order: NDArray[np.intp], left: Ints) -> tuple[Levels, Ints]:
+        """One step of each unit in turn, or of its bundle, where it fits: the profile (n,), and what is left (r,)."""
+        climbed = profile[None].copy()
+        for unit in order:
+            if climbed[0, unit] != profile[unit]:
+                continue  # its bundle had its turn
+            low = profile[unit] == self.cheapest()[unit]
+            move = self.moves.bundle_of(np.array([unit])) if low else np.array([unit])
+            price = self.moves.prices(climbed, move[None], up=True)[:, 0, 0]
+            if price.min() >= 0 and (price <= left).all():
+                self.moves.make_(climbed, np.array([0]), move, up=True)
+                left = left - price
+        return climbed[0], left
+
     def _fill(self, profile: Levels, rng: np.random.Generator) -> Levels:
         """Climb steps from a profile in a random order, as long as they fit: (n,) -> (n,)."""
+        profile = self._lift(profile, rng)
         left = self.budget - self.cost_of(profile[None])[0]
-        unit, level = np.nonzero(self.allowed & (self.up >= 0) & (np.arange(self.m) >= profile[:, None]))
+        climbs = ~self._bundled | (profile > self.cheapest())
+        unit, level = np.nonzero(
+            self.allowed & (self.up >= 0) & (np.arange(self.m) >= profile[:, None]) & climbs[:, None]
+        )
         shuffled = rng.permutation(unit)
         steps = np.empty_like(unit)
         steps[np.argsort(shuffled, kind="stable")] = np.arange(len(unit))  # a unit's steps stay in their order
@@ -244,6 +340,28 @@ class SearchSpace:
             np.minimum.at(ceiling, unit[rest[dear]], level[rest[dear]])
             steps = rest[level[rest] < ceiling[unit[rest]]]
         return climbed
+
+    def _lift(self, profile: Levels, rng: np.random.Generator) -> Levels:
+        """The steps of the bundles in a random order, as long as they fit: (n,) -> (n,)."""
+        lifts = np.arange(self.n, self.moves.count)
+        lifted = profile[None].copy()
+        price = self.moves.prices(lifted, lifts[None], up=True)[:, 0]  # (r, bundles)
+        left = self.budget - self.cost_of(lifted)[0]
+        for number in rng.permutation(len(lifts)) if len(lifts) else ():
+            if price[:, number].min() >= 0 and (price[:, number] <= left).all():
+                self.moves.make_(lifted, np.array([0]), lifts[number : number + 1], up=True)
+                left = left - price[:, number]
+        return lifted[0]
+
+
+def _next_allowed(allowed: NDArray[np.bool_], levels: range) -> Levels:
+    """The allowed level last met before each level, in the given order: (n, m); -1 where there is none."""
+    table = np.full(allowed.shape, -1, dtype=np.int16)
+    last = np.full(len(allowed), -1, dtype=np.int16)
+    for level in levels:
+        table[:, level] = last
+        last = np.where(allowed[:, level], np.int16(level), last)
+    return table
 
 
 def _cost_table(cost: ArrayLike | Sequence[Sequence[int]]) -> tuple[Ints, NDArray[np.bool_]]:
@@ -282,8 +400,13 @@ def _groups(group: str | Sequence[int | str] | Ints, cost: Ints, allowed: NDArra
         labels: list[object] = [_step_signature(cost[:, i][:, allowed[i]]) for i in range(n)]
     else:
         labels = list(group)
-        if len(labels) != n:
-            raise ValueError(f"group must have a label for each of the {n} units, got {len(labels)}")
+    return _numbered(labels, n, "group")
+
+
+def _numbered(labels: Sequence[object] | Ints, n: int, what: str) -> Ints:
+    """Labels as numbers in the order of their first appearance, (n,)."""
+    if len(labels) != n:
+        raise ValueError(f"{what} must have a label for each of the {n} units, got {len(labels)}")
     numbers: dict[object, int] = {}
     return np.array([numbers.setdefault(label, len(numbers)) for label in labels], dtype=np.int64)
 

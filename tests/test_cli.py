@@ -380,7 +380,7 @@ def test_a_module_that_does_not_load_is_not_a_missing_one(tmp_path: Path) -> Non
         ("own.py:linear --stage 2@5", "the last stage must keep the 1 parents, got 2@5"),
         ("own.py:linear --switches a", "switches are weights such as 5,3,1, got 'a'"),
         ("own.py:linear --switches 0,0", "switches must be weights"),
-        ("own.py:linear --rule sideways", "rule must be within or across, got 'sideways'"),
+        ("own.py:linear --rule sideways", "rule must be within, across or exchange, got 'sideways'"),
         ("own.py:linear --algorithm tabu", "algorithm must be evopress or random, got 'tabu'"),
         ("own.py:linear --max-seconds -1", "the limit of seconds must be above 0, got -1"),
         ("own.py:linear --generations -1", "greater than or equal to 0"),

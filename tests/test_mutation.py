@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from discopt import SearchSpace
 from discopt.mutation import MAX_LEVEL_CHANGES, level_switch, offspring, raise_and_lower
 
-RULES = ["within", "across"]
+RULES = ["within", "across", "exchange"]
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from discopt.mutation import offspring
+from discopt.mutation import RULES, offspring
 from discopt.objective import Losses, Query, mean_loss
 from discopt.optimizers.base import Measurement, StopReason, check_answer, pack, pack_query, unpack, unpack_query
 from discopt.space import Levels, SearchSpace
@@ -51,8 +51,8 @@ class EvoPressSettings:
     `start` is "auto" (the uniform profile where it spends the budget, else "random"), "uniform", "random" (the best
     of `start_candidates` random profiles measured at `start_fidelity`) or a profile. `rivals` are other profiles, found
     by whatever means, that the start has to beat at the last stage's fidelity before the first generation; the paper
-    has none. `switches[i]` is the weight of i + 1 switches in one mutation. `rule` is "within" groups or "across"
-    them (see `discopt.mutation`).
+    has none. `switches[i]` is the weight of i + 1 switches in one mutation. `rule` is "within" groups, "across" them,
+    or "exchange" (see `discopt.mutation`).
     """
 
     generations: int = 100
@@ -88,8 +88,8 @@ class EvoPressSettings:
             raise ValueError(f"start must be auto, uniform, random or a profile, got {self.start!r}")
         if not self.switches or min(self.switches) < 0 or sum(self.switches) <= 0:
             raise ValueError(f"switches must be weights, not negative and not all 0, got {self.switches}")
-        if self.rule not in ("within", "across"):
-            raise ValueError(f"rule must be within or across, got {self.rule!r}")
+        if self.rule not in RULES:
+            raise ValueError(f"rule must be within, across or exchange, got {self.rule!r}")
 
     def describe_stages(self) -> str:
         return " ".join(str(stage) for stage in self.stages)

@@ -10,6 +10,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from discopt.objective import Losses
+from discopt.separable import solve_separable
 from discopt.space import Levels, SearchSpace
 
 CHUNK = 1 << 14  # profiles looked at together
@@ -17,25 +18,8 @@ MAX_PROFILES = 1 << 18  # above this, `exhaustive_minimum` gives up
 
 
 def separable_minimum(space: SearchSpace, table: NDArray[np.float64]) -> tuple[float, Levels]:
-    """Lowest sum_i table[i, x_i] of the space, and a profile that has it: table (n, m) -> loss, (n,).
-
-    A multiple-choice knapsack, solved to proven optimality: one binary variable per unit and allowed level.
-    """
-    if table.shape != (space.n, space.m):
-        raise ValueError(f"table must have shape {(space.n, space.m)}, got {table.shape}")
-    unit, level = np.nonzero(space.allowed)  # (v,) the variables
-    variable = np.arange(len(unit))
-    one_level_each = csr_array((np.ones(len(unit)), (unit, variable)), shape=(space.n, len(unit)))
-    constraints = [
-        LinearConstraint(one_level_each, 1, 1),
-        LinearConstraint(space.cost[:, unit, level], ub=space.budget),
-    ]
-    profile = _solve(table[unit, level], constraints)
-    chosen = np.flatnonzero(profile)
-    x = np.zeros(space.n, dtype=np.int16)
-    x[unit[chosen]] = level[chosen]
-    assert len(chosen) == space.n
-    assert space.feasible(x[None])[0]
+    """Lowest sum_i table[i, x_i] of the space, and a profile that has it: table (n, m) -> loss, (n,)."""
+    x = solve_separable(space, table)
     return float(table[np.arange(space.n), x].sum()), x
 
 
