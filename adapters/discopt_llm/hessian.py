@@ -18,10 +18,10 @@ __all__ = ["Factor", "InputSum", "factor", "quadratic_form"]
 
 logger = logging.getLogger(__name__)
 
-_ROWS = 4096  # tokens cast to the dtype of the sum at a time
+_ROWS = 2048  # treated at a time, which bounds what is copied of them
 _FIRST = 1e-6  # what a relative damping of zero is raised to
 _LARGEST = 100.0  # relative damping beyond which H is no second moment
-_COLUMNS = 512  # width of the blocks in which half of a symmetric product is left out
+_COLUMNS = 512  # no longer worth halving
 
 
 class InputSum:
@@ -108,12 +108,18 @@ def factor(H: Tensor, damping: float = 0.01, *, act_order: bool = False) -> Fact
 @torch.no_grad()
 def quadratic_form(W: Tensor, H: Tensor) -> Tensor:
     """diag(W H W^T) of rows W (..., R, C) and a symmetric H (C, C): (..., R) float64, never negative."""
-    total = torch.zeros(W.shape[:-1], device=W.device, dtype=torch.float64)
-    for start in range(0, H.shape[0], _COLUMNS):
-        stop = min(start + _COLUMNS, H.shape[0])
-        left = W[..., :start] @ (2 * H[:start, start:stop]) + W[..., start:stop] @ H[start:stop, start:stop]
-        total += left.mul_(W[..., start:stop]).sum(-1, dtype=torch.float64)
-    return total.clamp_(min=0.0)
+    parts = W.reshape(-1, W.shape[-1]).split(_ROWS)
+    return torch.cat([_quadratic_form(part, H) for part in parts]).clamp_(min=0.0).view(W.shape[:-1])
+
+
+def _quadratic_form(W: Tensor, H: Tensor) -> Tensor:
+    """The same for rows (R, C), by halves: of the two equal products off the diagonal one is enough."""
+    if (C := len(H)) <= _COLUMNS:
+        return (W @ H).mul_(W).sum(-1).double()
+    half = -(-C // (2 * _COLUMNS)) * _COLUMNS
+    left, right = W[:, :half], W[:, half:]
+    cross = (left @ H[:half, half:]).mul_(right).sum(-1).double()
+    return _quadratic_form(left, H[:half, :half]) + 2 * cross + _quadratic_form(right, H[half:, half:])
 
 
 def _triangular_inverse(M: Tensor) -> Tensor:
@@ -124,5 +130,5 @@ def _triangular_inverse(M: Tensor) -> Tensor:
     A, D = _triangular_inverse(M[:half, :half]), _triangular_inverse(M[half:, half:])
     inverse = torch.zeros_like(M)
     inverse[:half, :half], inverse[half:, half:] = A, D
-    inverse[:half, half:] = A.neg() @ (M[:half, half:] @ D)
+    torch.mm(A, M[:half, half:] @ D, out=inverse[:half, half:]).neg_()
     return inverse
