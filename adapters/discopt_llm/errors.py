@@ -19,3 +19,7 @@ class ProfileError(DiscoptError):
 
 class DeviceError(DiscoptError):
     """A device or data type that this machine does not have."""
+
+
+class BankError(DiscoptError):
+    """A bank that is damaged, unfinished, in the way, or belongs to another model."""

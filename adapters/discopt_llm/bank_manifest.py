@@ -1,0 +1,312 @@
+"""The manifest of a bank, bank.json: what was asked for, what every level of every layer costs, and the block files.
+
+While a bank is built the manifest holds its header alone: everything that must be the same for a build to go on.
+Nothing in it depends on when or where it was written.
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from discopt.encoding import checksum, plain, restore
+from discopt_llm.bank_forms import VALUE_BITS, Costs
+from discopt_llm.errors import BankError
+from discopt_llm.parts import Kind
+
+__all__ = [
+    "MANIFEST",
+    "BankLayer",
+    "BlockFile",
+    "Manifest",
+    "block_name",
+    "check_header",
+    "check_layers",
+    "expect",
+    "is_manifest",
+]
+
+MANIFEST = "bank.json"
+FORMAT = "discopt-bank"
+VERSION = 1
+KINDS = ("quantization", "sparsity")
+BUILD_AGAIN = "build the bank again"
+
+_LARGEST = 2**53  # of the integers in a manifest: beyond any model, and exact in every reader of JSON
+_REPR = reprlib.Repr()
+_REPR.maxstring = 100  # characters of a wrong value in an error message
+
+
+@dataclass(frozen=True, eq=False)
+class BankLayer:
+    """A layer as a bank knows it, with what its levels cost; m levels, 0 = most compressed.
+
+    Costs of levels that the layer does not have are 0.
+    """
+
+    name: str
+    block: int
+    kind: Kind
+    input: int  # layers of one block with one number read the same input
+    matrices: int  # E: 1, or the number of experts
+    rows: int
+    columns: int
+    transposed: bool  # stored (in, out) in the model
+    present: NDArray[np.bool_]  # (m,)
+    weights: NDArray[np.int64]  # (m,) that are kept
+    bits: NDArray[np.int64]  # (m,) of their codes or values alone
+    bytes: NDArray[np.int64]  # (m,) stored, with scales and zero points or mask
+    errors: NDArray[np.float64]  # (m,) tr(ΔW H ΔWᵀ) / tr(W H Wᵀ), lower is better; NaN where there is no level
+    outliers: Mapping[str, float]  # share of weights above so many times the layer's mean (OWL)
+
+    def __post_init__(self) -> None:
+        m = len(self.present)
+        for field, kind in (*((name, np.int64) for name in Costs._fields), ("errors", np.float64)):
+            object.__setattr__(self, field, _frozen(getattr(self, field), kind, m, field))
+        object.__setattr__(self, "present", _frozen(self.present, np.bool_, m, "present"))
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {_short(self.kind)}")
+        if min(self.matrices, self.rows, self.columns) < 1 or self.dense > _LARGEST:
+            raise ValueError(f"matrices, rows and columns must be at least 1, got {self.shape}")
+        if min(self.block, self.input) < 0:
+            raise ValueError(f"block and input must not be negative, got {self.block} and {self.input}")
+        if not self.present.any():
+            raise ValueError(f"{self.name} must have a level, got none of {m}")
+        costs = np.stack([self.weights, self.bits, self.bytes])
+        highest = np.array([self.dense, self.dense * VALUE_BITS, _LARGEST])[:, None] * self.present
+        if wrong := np.argwhere((costs < 0) | (costs > highest)).tolist():
+            cost, level = wrong[0]
+            raise ValueError(
+                f"{Costs._fields[cost]} of level {level} must be 0 to {highest[cost, level]}, got {costs[cost, level]}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(E, R, C)."""
+        return self.matrices, self.rows, self.columns
+
+    @property
+    def dense(self) -> int:
+        """Number of weights when nothing is left out, E·R·C."""
+        return self.matrices * self.rows * self.columns
+
+    def costs(self, level: int) -> Costs:
+        return Costs(int(self.weights[level]), int(self.bits[level]), int(self.bytes[level]))
+
+    def to_json(self) -> dict[str, Any]:
+        """In the types JSON has."""
+        return {field: plain(getattr(self, field), exact=True) for field in _FIELDS}
+
+    @classmethod
+    def from_json(cls, data: Any, levels: int) -> BankLayer:
+        """The inverse of `to_json` for so many levels; ValueError for anything malformed."""
+        data = expect(data, dict, "a layer")
+        if data.keys() != _FIELDS.keys():
+            raise ValueError(f"a layer must have {', '.join(_FIELDS)}, got {', '.join(data) or 'nothing'}")
+        values = {field: expect(data[field], kind, field) for field, kind in _FIELDS.items()}
+        for field, kind in _LISTS.items():
+            items = [_number(item, kind, f"{field} of a level") for item in values[field]]
+            if len(items) != levels:
+                raise ValueError(f"{field} must have {levels} entries, one a level, got {len(items)}")
+            values[field] = np.array(items, dtype={float: np.float64, int: np.int64, bool: np.bool_}[kind])
+        values["outliers"] = {k: _number(v, float, f"outliers {k}") for k, v in values["outliers"].items()}
+        return cls(**values)
+
+
+_FIELDS: dict[str, type] = {
+    "name": str,
+    "block": int,
+    "kind": str,
+    "input": int,
+    "matrices": int,
+    "rows": int,
+    "columns": int,
+    "transposed": bool,
+    "present": list,
+    "weights": list,
+    "bits": list,
+    "bytes": list,
+    "errors": list,
+    "outliers": dict,
+}
+_LISTS = {"present": bool, "weights": int, "bits": int, "bytes": int, "errors": float}
+
+
+@dataclass(frozen=True)
+class BlockFile:
+    """A block's file as it was when the bank was finished."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    """The content of bank.json; before the bank is finished it lists no files and no layers."""
+
+    header: dict[str, Any]
+    complete: bool
+    files: tuple[BlockFile, ...] = ()  # one a block
+    layers: tuple[BankLayer, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that the bank says and holds."""
+        return checksum({"header": self.header, "files": self._listed_files, "layers": self._listed_layers})
+
+    def to_json(self) -> str:
+        """The file's content, a line for each file and layer."""
+        head = {"format": FORMAT, "version": VERSION, "complete": self.complete, "header": self.header}
+        lists = {}
+        if self.complete:
+            head["fingerprint"] = self.fingerprint
+            lists = {"files": self._listed_files, "layers": self._listed_layers}
+        lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in head.items()]
+        for key, entries in lists.items():
+            listed = ",\n    ".join(json.dumps(entry, allow_nan=False) for entry in entries)
+            lines.append(f"{json.dumps(key)}: [\n    {listed}\n  ]")
+        return "{\n  " + ",\n  ".join(lines) + "\n}\n"
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The manifest of a bank's folder; BankError if there is none, or it is not what was written."""
+        path = folder / MANIFEST
+        try:
+            text = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            reason = f"it has no {MANIFEST}" if folder.is_dir() else "there is no such folder"
+            raise BankError(f"{folder} is not a bank: {reason}") from None
+        except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+            raise BankError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        try:
+            data = expect(json.loads(text, parse_constant=_refuse_constant), dict, "the file")
+            if data.get("format") != FORMAT:
+                raise BankError(f"{path} is not ours: expected format {FORMAT!r}, got {_short(data.get('format'))}")
+            if data.get("version") != VERSION or isinstance(data["version"], bool):
+                raise BankError(f"{path}: expected version {VERSION}, got {_short(data.get('version'))}")
+            return cls._of(data)
+        except (ValueError, OverflowError, RecursionError) as error:
+            line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise BankError(f"{path} is damaged: {line}; {BUILD_AGAIN}") from None
+
+    @classmethod
+    def _of(cls, data: Mapping[str, Any]) -> Manifest:
+        header = expect(data.get("header"), dict, "header")
+        check_header(header)
+        if not expect(data.get("complete"), bool, "complete"):
+            return cls(header, complete=False)
+        files = tuple(_file(entry, i) for i, entry in enumerate(expect(data.get("files"), list, "files")))
+        if len(files) != header["blocks"]:
+            raise ValueError(f"files must name one for each of {header['blocks']} blocks, got {len(files)}")
+        entries = expect(data.get("layers"), list, "layers")
+        manifest = cls(header, True, files, tuple(BankLayer.from_json(x, len(header["labels"])) for x in entries))
+        check_layers(manifest.layers, header["blocks"])
+        fingerprint = expect(data.get("fingerprint"), str, "fingerprint")
+        if fingerprint != manifest.fingerprint:
+            raise ValueError(
+                f"its content does not match its fingerprint: expected {manifest.fingerprint[:12]}, "
+                f"got {_short(fingerprint[:12])}"
+            )
+        return manifest
+
+    @property
+    def _listed_files(self) -> list[dict[str, Any]]:
+        return [{**vars(file)} for file in self.files]
+
+    @property
+    def _listed_layers(self) -> list[dict[str, Any]]:
+        return [layer.to_json() for layer in self.layers]
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether the file is the manifest of a bank, even a damaged one or a newer version's."""
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(data, dict) and data.get("format") == FORMAT
+
+
+def block_name(block: int) -> str:
+    """The name of a block's file."""
+    return f"block-{block:05}.safetensors"
+
+
+def check_header(header: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the header says kind, settings, labels, model, calibration and number of blocks."""
+    kind = expect(header.get("kind"), str, "kind")
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {_short(kind)}")
+    expect(header.get("settings"), dict, "settings")
+    labels = [expect(label, str, "a label") for label in expect(header.get("labels"), list, "labels")]
+    if not labels or not all(labels) or any("/" in label for label in labels) or len({*labels}) < len(labels):
+        raise ValueError(f"labels must be different names without a slash, got {_short(labels)}")
+    model = expect(header.get("model"), dict, "model")
+    expect(model.get("source"), str, "model's source")
+    expect(model.get("fingerprint"), str, "model's fingerprint")
+    expect(header.get("calibration"), dict, "calibration")
+    if (blocks := expect(header.get("blocks"), int, "blocks")) < 1:
+        raise ValueError(f"blocks must be at least 1, got {blocks}")
+
+
+def check_layers(layers: Sequence[BankLayer], blocks: int) -> None:
+    """Raise ValueError unless there are layers, with names of their own, block by block."""
+    if not layers:
+        raise ValueError("expected at least one layer, got none")
+    numbers = [layer.block for layer in layers]
+    if numbers != sorted(numbers) or any(number >= blocks for number in numbers):
+        raise ValueError(f"layers must come block by block, 0 to {blocks - 1}, got {_short(numbers)}")
+    name, times = Counter(layer.name for layer in layers).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"names of layers must differ, got {_short(name)} {times} times")
+
+
+def expect(value: Any, kind: type, what: str) -> Any:
+    """The value, if it is of this kind as JSON has them; ValueError, naming `what`, if not."""
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        words = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number"}
+        raise ValueError(f"{what} must be {words.get(kind, 'true or false')}, got {_short(value)}")
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise ValueError(f"{what} must be a whole number below 2^53, got {_short(value)}")
+    return value
+
+
+def _number(value: Any, kind: type, what: str) -> Any:
+    """As `expect`, of a number that need not be finite."""
+    coded = isinstance(value, dict) and isinstance(value.get("float"), str)
+    return expect(restore(value) if coded else value, kind, what)
+
+
+def _file(entry: Any, block: int) -> BlockFile:
+    entry = expect(entry, dict, "a file")
+    kinds = {"name": str, "bytes": int, "sha256": str}
+    file = BlockFile(**{field: expect(entry.get(field), kind, f"a file's {field}") for field, kind in kinds.items()})
+    if file.name != block_name(block):  # a plain name, never a path
+        raise ValueError(f"the file of block {block} must be {block_name(block)}, got {_short(file.name)}")
+    return file
+
+
+def _frozen(values: ArrayLike, kind: type, m: int, what: str) -> NDArray[Any]:
+    array: NDArray[Any] = np.array(values, dtype=kind)
+    if array.shape != (m,):
+        raise ValueError(f"{what} must have shape ({m},), got {array.shape}")
+    array.setflags(write=False)
+    return array
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"expected strict JSON, got {name}")
+
+
+def _short(value: object) -> str:
+    return _REPR.repr(value)
