@@ -79,6 +79,7 @@ def load_calibration(
     *,
     sequence_length: int,
     tokens: int | None = None,
+    at_most: int | None = None,
     role: Role = "search",
 ) -> Calibration:
     """Read `source` as sequences of `sequence_length` tokens.
@@ -88,6 +89,7 @@ def load_calibration(
     tokens: at least this many, rounded up to whole sequences and taken from the start of the text, which is read no
         further than that. None takes all of a local source, WikiText-2's test split or the first 1,100 documents of
         C4's validation split, and up to 131,072 tokens of any other text of the hub.
+    at_most: without `tokens`, so many as far as there are, rounded in the same way.
     role: search text and held-out text of one source never share a document.
 
     Raises DataError if the text cannot be read, or is shorter than one sequence or than `tokens`.
@@ -96,8 +98,10 @@ def load_calibration(
         raise ValueError(f"sequence_length must be at least 1 token, got {sequence_length}")
     if tokens is not None and tokens < 1:
         raise ValueError(f"tokens must be at least 1, or None, got {tokens}")
+    if at_most is not None and at_most < 1:
+        raise ValueError(f"at_most must be at least 1 token, or None, got {at_most}")
     text = open_text(source, role)
-    asked = text.default_tokens if tokens is None else tokens
+    asked = tokens or at_most or text.default_tokens
     needed = None if asked is None else -(-asked // sequence_length) * sequence_length
     with closing(text.documents):
         read = _joined_ids if text.joined else _document_ids

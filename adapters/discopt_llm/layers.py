@@ -27,7 +27,7 @@ from discopt_llm.errors import ModelError
 from discopt_llm.hessian import InputSum
 from discopt_llm.parts import Kind
 
-__all__ = ["Layer", "collecting_", "read_layers"]
+__all__ = ["Layer", "collecting_", "eager_experts_", "read_layers"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +87,7 @@ def read_layers(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Layer, ...]:
         _check_unshared(model, [weight.path for of_block in weights for weight in of_block])
         layers: list[Layer] = []
         # Inference tensors have no version, without which a tensor changed in place would pass for the same input.
-        with torch.inference_mode(False), torch.no_grad(), _eager_experts_(model):
+        with torch.inference_mode(False), torch.no_grad(), eager_experts_(model):
             hidden, arguments = embed(model, anatomy, torch.arange(PROBE_TOKENS, device=model.device)[None])
             for block, replay, of_block in zip(anatomy.blocks, arguments, weights, strict=True):
                 with _Probe([weight.parameter for weight in of_block]) as probe:
@@ -113,8 +113,19 @@ def collecting_(
         number: tuple(InputSum(layer.columns, layer.parameter.device, dtype) for _ in range(layer.matrices))
         for number, layer in sorted(first.items())
     }
-    with _eager_experts_(model), _Collector(first, sums):
+    with eager_experts_(model), _Collector(first, sums):
         yield sums
+
+
+@contextmanager
+def eager_experts_(model: PreTrainedModel) -> Iterator[None]:
+    """Experts run one by one while inside, each in products with its own matrices."""
+    before = model.get_experts_implementation()
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
 
 
 # -- finding layers ------------------------------------------------------------------------------------------------
@@ -346,17 +357,6 @@ class _Collector(TorchFunctionMode):
                 number, expert, _ = matrix
                 self.sums[number][expert].add_(x)
         return func(*args, **kwargs)
-
-
-@contextmanager
-def _eager_experts_(model: PreTrainedModel) -> Iterator[None]:
-    """Experts run one by one while inside, each in products with its own matrices."""
-    before = model.get_experts_implementation()
-    model.set_experts_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_experts_implementation(before)
 
 
 def _stack(weight: Tensor) -> Tensor:

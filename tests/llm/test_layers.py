@@ -231,7 +231,7 @@ def test_the_collected_moment_equals_that_of_the_inputs_seen_by_hooks(name: str)
         with collecting_(model, of_block, dtype=torch.float64) as sums:
             run_block(block, hidden[:2], replay)
             run_block(block, hidden[2:], replay)
-        with _hooked_inputs(of_block) as expected:
+        with hooked_inputs(of_block) as expected:
             after = run_block(block, hidden, replay)
         assert sorted(sums) == sorted({layer.input for layer in of_block})
         for layer in of_block:
@@ -418,7 +418,7 @@ _PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
 @contextmanager
-def _hooked_inputs(layers: list[Layer]) -> Iterator[dict[tuple[Layer, int], list[Tensor]]]:
+def hooked_inputs(layers: list[Layer]) -> Iterator[dict[tuple[Layer, int], list[Tensor]]]:
     """The inputs (tokens, C) of every matrix while inside, by forward hooks on the modules that own them."""
     seen: dict[tuple[Layer, int], list[Tensor]] = defaultdict(list)
 
