@@ -21,6 +21,8 @@ from discopt_llm.sparsity import SparsitySettings, prune
 
 __all__ = ["QuantizationRecipe", "Recipe", "SolvedStack", "SparsityRecipe"]
 
+SOLVED_BYTES = 2**31  # of pruned weights that are dense at a time
+
 
 @dataclass(frozen=True, eq=False)
 class SolvedStack:
@@ -151,17 +153,22 @@ class SparsityRecipe:
         E = layers[0].matrices
         share = zeros * (expert + 1) // E - zeros * expert // E
         rows = [len(W) for W in weights]
-        pruned = prune(torch.cat([*weights]), H, share.tolist(), rows, self.settings)
+        W = torch.cat([*weights])
         ends = np.cumsum([0, *rows])
         parts = [slice(a, b) for a, b in pairwise(ends.tolist())]
-        forms = tuple(
-            tuple(
-                Sparse.of(pruned.weights[j, part][None], pruned.keep[j, part][None], self.values) if has else None
-                for j, has in enumerate(self.present(layer))
-            )
-            for layer, part in zip(layers, parts, strict=True)
-        )
-        return SolvedStack(forms, *_sums(pruned.row_errors, pruned.row_norms, parts))
+        forms: list[list[Form | None]] = [[] for _ in layers]
+        errors = []
+        at_once = max(1, SOLVED_BYTES // W.nbytes)
+        for first in range(0, self.levels, at_once):
+            pruned = prune(W, H, share[first : first + at_once].tolist(), rows, self.settings)
+            errors.append(pruned.row_errors)
+            for layer, part, of_layer in zip(layers, parts, forms, strict=True):
+                present = self.present(layer)[first : first + at_once]
+                of_layer += [
+                    Sparse.of(pruned.weights[j, part][None], pruned.keep[j, part][None], self.values) if has else None
+                    for j, has in enumerate(present)
+                ]
+        return SolvedStack(tuple(map(tuple, forms)), *_sums(torch.cat(errors), pruned.row_norms, parts))
 
 
 def _rows_of(form: Quantized, rows: slice) -> Quantized:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from discopt_llm.bank import Bank, form_costs
+from discopt_llm import recipes
+from discopt_llm.bank import Bank, Sparse, form_costs
 from discopt_llm.layers import Layer, read_layers
 from discopt_llm.quantization import QuantizationSettings
 from discopt_llm.recipes import QuantizationRecipe, SparsityRecipe
@@ -92,6 +93,20 @@ def test_experts_share_a_layers_zeros_as_evenly_as_can_be(target: float, step: i
         zeros = [int((~form.keep).sum()) for form in forms]
         assert sum(zeros) == recipe.zeros(layer)[level]
         assert max(zeros) - min(zeros) <= 1
+
+
+def test_levels_solved_a_few_at_a_time_are_those_solved_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = [layer for layer in layers_of("llama") if (layer.block, layer.input) == (1, 0)]
+    weights = [layer.to_matrices(layer.parameter)[0] for layer in stack]
+    x = torch.randn(200, stack[0].columns, generator=torch.Generator().manual_seed(0))
+    recipe = sparse(step=20)
+    whole = recipe.solve(stack, weights, x.T @ x / 200, 0)
+    monkeypatch.setattr(recipes, "SOLVED_BYTES", 2 * sum(W.nbytes for W in weights))
+    parts = recipe.solve(stack, weights, x.T @ x / 200, 0)
+    np.testing.assert_array_equal(parts.errors, whole.errors)
+    for mine, theirs in zip(itertools.chain(*parts.forms), itertools.chain(*whole.forms), strict=True):
+        assert isinstance(mine, Sparse) and isinstance(theirs, Sparse)
+        assert torch.equal(mine.keep, theirs.keep) and torch.equal(mine.values, theirs.values)
 
 
 def test_what_is_described_tells_recipes_apart() -> None:
