@@ -121,6 +121,12 @@ class RunFolder:
         self.write_json("run.json", request)
         self.request = request
 
+    def discard(self) -> None:
+        """Remove the run's files, and the folder if nothing else is in it: for a run that turns out to be none."""
+        _remove_run(self.path, ARTEFACTS)
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+
     def remove_leftovers(self) -> None:
         """Remove the temporary files of a process that was killed while writing; for the folder's only writer."""
         for name in ARTEFACTS:

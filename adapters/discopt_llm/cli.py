@@ -4,102 +4,53 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from discopt.console import INTERRUPTED, checked, only_json_on_stdout, terminated_as_interrupted
 from discopt.errors import DiscoptError
+from discopt_llm import cli_options as o
+
+if TYPE_CHECKING:
+    from discopt_llm.search import SearchRequest
 
 app = typer.Typer(name="llm", no_args_is_help=True, help="Compress a language model by search on its real loss.")
-
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A model folder, a hub id, a .gguf file, or package:NAME (a GGUF file inside an installed package).",
-        show_default=False,
-    ),
-]
-SOURCES = "builtin, a .txt, .jsonl or .parquet file, wikitext2, c4, fineweb-edu, or hf:NAME[:CONFIG[:SPLIT[:COLUMN]]]"
-
-
-def _panel(panel: str) -> Any:
-    def option(*names: str, **settings: Any) -> Any:
-        return typer.Option(*names, rich_help_panel=panel, **{"show_default": False, **settings})
-
-    return option
-
-
-_what, _search, _data, _run = (_panel(name) for name in ("What to drop", "The search", "Text", "The run"))
-
-Device = Annotated[str, _run(help="Where to run: auto, cpu, cuda or cuda:N.", show_default=True)]
-Dtype = Annotated[
-    str, _run(help="auto (float32 on CPU, bfloat16 on CUDA), float32, bfloat16, float16.", show_default=True)
-]
-TrustRemoteCode = Annotated[
-    bool, _run("--trust-remote-code", help="Let a model bring its own code and pickled weights.")
-]
-Force = Annotated[bool, _run("--force", help="Replace what is at --out.")]
-Json = Annotated[bool, _run("--json", help="Print one JSON object, and nothing else.")]
-Quiet = Annotated[bool, _run("--quiet", "-q", help="Show no progress.")]
 
 
 @app.command()
 def drop(
-    model: Model,
-    sparsity: Annotated[float, _what(help="Share of the blocks, or of each kind of sub-block, to drop: in [0, 1).")],
-    out: Annotated[Path, _run(metavar="RUN", help="The run folder.")],
+    ctx: typer.Context,
+    model: o.Model,
+    *,
+    sparsity: Annotated[float, o.budget(help="Share of the blocks, or of each kind of sub-block, to drop: in [0, 1).")],
     unit: Annotated[
-        str, _what(metavar="sublayer|block|pair", help="What is dropped at a time.", show_default=True)
+        str, o.levels(metavar="sublayer|block|pair", help="What is dropped at a time.", show_default=True)
     ] = "sublayer",
-    protect: Annotated[str, _what(metavar="BLOCKS", help="Blocks never to drop, such as 0,1,28-29.")] = "",
-    preset: Annotated[
-        str,
-        _search(
-            metavar="paper|fast|demo",
-            help="Settings: EvoPress' published ones, its super-fast ones, or ones for minutes on a CPU.",
-            show_default=True,
-        ),
-    ] = "fast",
-    generations: Annotated[int | None, _search(help="Generations to run.", min=0)] = None,
-    offspring: Annotated[int | None, _search(help="Candidates in a generation.", min=1)] = None,
-    stage: Annotated[
-        list[str] | None,
-        _search(metavar="SURVIVORS@TOKENS", help="A stage of selection; once for each, such as 2@2048."),
-    ] = None,
-    start: Annotated[
-        str | None,
-        _search(
-            metavar="random|heuristics|RUN_OR_FILE",
-            help="Start from the best of random profiles (preset paper), from that or a heuristic that beats it "
-            "(fast, demo), or from a profile, JSON or the official text format.",
-        ),
-    ] = None,
-    fitness: Annotated[
-        str, _search(metavar="kl|kl-topk[:K]|ppl|tv", help="The loss to search on.", show_default=True)
-    ] = "kl",
-    max_seconds: Annotated[float | None, _search(help="Stop searching after this long.")] = None,
-    calibration: Annotated[
-        str, _data(metavar="SRC", help=f"Text to search on: {SOURCES}.", show_default=True)
-    ] = "builtin",
-    calibration_tokens: Annotated[int | None, _data(help="Tokens of it to use.", min=1)] = None,
-    sequence_length: Annotated[int | None, _data(help="Tokens in a sequence.", min=2)] = None,
-    eval_data: Annotated[
-        str | None, _data(metavar="SRC", help="Held-out text; without it, the held-out side of --calibration.")
-    ] = None,
-    eval_tokens: Annotated[int | None, _data(help="Tokens of held-out text to measure on.", min=2)] = None,
-    baselines: Annotated[
-        str, _run(metavar="LIST", help="Rows to compare with, or none.", show_default=True)
-    ] = "random,shortgpt,window,influence",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    trust_remote_code: TrustRemoteCode = False,
-    seed: Annotated[int, _run(help="Same seed, same run.", min=0, show_default=True)] = 0,
-    force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    protect: Annotated[str, o.levels(metavar="BLOCKS", help="Blocks never to drop, such as 0,1,28-29.")] = "",
+    preset: o.Preset = "fast",
+    generations: o.Generations = None,
+    offspring: o.Offspring = None,
+    stages: o.Stages = None,
+    start: o.Start = None,
+    fitness: o.Fitness = "kl",
+    max_seconds: o.MaxSeconds = None,
+    calibration: o.CalibrationSource = "builtin",
+    calibration_tokens: o.CalibrationTokens = None,
+    sequence_length: o.SequenceLength = None,
+    eval_data: o.EvalData = None,
+    eval_tokens: o.EvalTokens = None,
+    out: o.Out,
+    baselines: o.Baselines = None,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    trust_remote_code: o.TrustRemoteCode = False,
+    seed: o.Seed = 0,
+    force: o.Force = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
 ) -> None:
     """Drop attention and MLP sub-blocks, or whole blocks, chosen by evolutionary search on the real loss.
 
@@ -115,57 +66,283 @@ def drop(
         discopt llm drop model.gguf --sparsity 0.3 --stage 4@1024 --stage 1@8192 --generations 200 --out runs/g
     """
     _need_llm()
-    with only_json_on_stdout(as_json), terminated_as_interrupted():
-        from discopt_llm.search import DropRequest, begin_drop
+    from discopt_llm.drop_search import DropRequest
 
-        request = checked(
-            lambda: DropRequest(
-                model=model,
-                sparsity=sparsity,
-                unit=unit,  # type: ignore[arg-type]  # checked by the request
-                protect=_blocks(protect),
-                preset=preset,
-                calibration=calibration,
-                calibration_tokens=calibration_tokens,
-                sequence_length=sequence_length,
-                eval_data=eval_data,
-                eval_tokens=eval_tokens,
-                generations=generations,
-                offspring=offspring,
-                stages=tuple(stage or ()),
-                start=start,
-                fitness=fitness,
-                baselines=tuple(name for name in baselines.split(",") if name not in ("", "none")),
-                max_seconds=max_seconds,
-                device=device,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                seed=seed,
-            )
-        )
-        results = begin_drop(request, out, force=force, quiet=quiet, say=_say(quiet))
-    _finish_run(results, as_json)
+    _run_search(ctx, DropRequest, protect=_blocks(protect))
+
+
+@app.command()
+def bank(
+    ctx: typer.Context,
+    model: o.Model,
+    *,
+    kind: Annotated[
+        str, o.levels(metavar="quantization|sparsity", help="What the levels are.", show_default=True)
+    ] = "quantization",
+    method: Annotated[
+        str | None,
+        o.levels(
+            metavar="METHOD", help="gptq or rtn (round to nearest); sparsegpt, wanda or magnitude. First: the default."
+        ),
+    ] = None,
+    bits: Annotated[str, o.levels(metavar="BITS", help="Bit widths of the levels.", show_default=True)] = "2,3,4,5,6",
+    group_size: o.GroupSize = 128,
+    symmetric: o.Symmetric = False,
+    act_order: Annotated[
+        bool, o.levels("--act-order", help="Quantize the inputs that vary most first; scales are set beforehand.")
+    ] = False,
+    scales: Annotated[
+        str,
+        o.levels(
+            metavar="minmax|mse", help="Scales from the range, or from the least rounding error.", show_default=True
+        ),
+    ] = "minmax",
+    target: Annotated[
+        float, o.levels(metavar="SHARE", help="Zeros of the sparsity level in the middle.", show_default=True)
+    ] = 0.5,
+    levels: o.LevelCount = 17,
+    step: o.Step = None,
+    damping: Annotated[
+        float, o.levels(help="Added to the Hessian's diagonal, relative to its mean.", show_default=True)
+    ] = 0.01,
+    propagate: Annotated[
+        str | None,
+        o.levels(
+            metavar="dense|LEVEL",
+            help="What makes the next block's inputs; without it, 3 bits for quantization (if that is a level), dense "
+            "for sparsity.",
+        ),
+    ] = None,
+    calibration: o.CalibrationSource = "builtin",
+    calibration_tokens: o.CalibrationTokens = None,
+    sequence_length: o.SequenceLength = None,
+    out: Annotated[Path, o.run(metavar="BANK", help="The folder of the bank.")],
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    trust_remote_code: o.TrustRemoteCode = False,
+    force: o.Force = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Build a bank: every layer of a model at every bit width, or at every sparsity.
+
+    All searches at whatever budget take their levels from it. A build that was interrupted or killed goes on after
+    its last finished block when the same command is given again.
+
+    Examples:
+
+        discopt llm bank HuggingFaceTB/SmolLM2-135M --bits 2,3,4,5,6 --group-size 64 --out banks/smol
+
+        discopt llm bank ./my-model --kind sparsity --target 0.6 --calibration fineweb-edu --out banks/sparse
+
+        discopt llm bank model.gguf --method rtn --bits 2,3,4,8 --symmetric --out banks/rtn
+    """
+    _need_llm()
+    with only_json_on_stdout(as_json), terminated_as_interrupted():
+        from discopt_llm.banks import BankRequest, bank_summary, make_bank
+
+        request = checked(lambda: BankRequest(**_options(BankRequest, ctx, bits=_widths(bits, "--bits"))))
+        try:
+            built = make_bank(request, out, force=force, quiet=quiet, say=_say(quiet))
+        except KeyboardInterrupt:
+            _interrupted("the same command, without --force" if force else "the same command")
+    summary = bank_summary(built)
+    typer.echo(json.dumps(summary.to_dict()) if as_json else summary.sentence)
+
+
+@app.command()
+def quantize(
+    ctx: typer.Context,
+    model: o.Model,
+    *,
+    bits: o.Bits = None,
+    bpw: o.Bpw = None,
+    size: o.Size = None,
+    banks: o.Banks = None,
+    group: o.Group = "size",
+    method: Annotated[str, o.levels(metavar="gptq|rtn", help="How a bank is built.", show_default=True)] = "gptq",
+    widths: o.Widths = "2,3,4,5,6",
+    group_size: o.GroupSize = 128,
+    symmetric: o.Symmetric = False,
+    bank_tokens: o.BankTokens = None,
+    preset: o.Preset = "fast",
+    generations: o.Generations = None,
+    offspring: o.Offspring = None,
+    stages: o.Stages = None,
+    start: o.Start = None,
+    fitness: o.Fitness = "kl",
+    max_seconds: o.MaxSeconds = None,
+    calibration: o.CalibrationSource = "builtin",
+    calibration_tokens: o.CalibrationTokens = None,
+    sequence_length: o.SequenceLength = None,
+    eval_data: o.EvalData = None,
+    eval_tokens: o.EvalTokens = None,
+    out: o.Out,
+    baselines: o.Baselines = None,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    trust_remote_code: o.TrustRemoteCode = False,
+    seed: o.Seed = 0,
+    force: o.Force = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Choose a bit width for every layer by evolutionary search on the real loss, within a budget.
+
+    The bank of quantized layers is built first, if none is given, and kept in `banks` beside the run for the next
+    budget. What was interrupted or killed goes on with `discopt resume RUN`.
+
+    Examples:
+
+        discopt llm quantize HuggingFaceTB/SmolLM2-135M --bits 3 --calibration fineweb-edu --out runs/three
+
+        discopt llm quantize ./my-model --size 0.3x --group runtime --bank banks/smol --out runs/small
+
+        discopt llm quantize model.gguf --bpw 2.75 --preset demo --group-size 64 --out runs/demo
+    """
+    _need_llm()
+    from discopt_llm.bank_search import QuantizeRequest
+
+    _run_search(ctx, QuantizeRequest, widths=_widths(widths, "--widths"))
+
+
+@app.command()
+def sparsify(
+    ctx: typer.Context,
+    model: o.Model,
+    *,
+    sparsity: Annotated[
+        str | None, o.budget(metavar="SHARE", help="Share of the weights that become zero: 0.6 or 60%.")
+    ] = None,
+    size: o.Size = None,
+    banks: o.Banks = None,
+    group: o.Group = "size",
+    method: Annotated[
+        str, o.levels(metavar="sparsegpt|wanda|magnitude", help="How a bank is built.", show_default=True)
+    ] = "sparsegpt",
+    levels: o.LevelCount = 17,
+    step: o.Step = None,
+    bank_tokens: o.BankTokens = None,
+    preset: o.Preset = "fast",
+    generations: o.Generations = None,
+    offspring: o.Offspring = None,
+    stages: o.Stages = None,
+    start: o.Start = None,
+    fitness: o.Fitness = "kl",
+    max_seconds: o.MaxSeconds = None,
+    calibration: o.CalibrationSource = "builtin",
+    calibration_tokens: o.CalibrationTokens = None,
+    sequence_length: o.SequenceLength = None,
+    eval_data: o.EvalData = None,
+    eval_tokens: o.EvalTokens = None,
+    out: o.Out,
+    baselines: o.Baselines = None,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    trust_remote_code: o.TrustRemoteCode = False,
+    seed: o.Seed = 0,
+    force: o.Force = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Choose a sparsity for every layer by evolutionary search on the real loss, within a budget.
+
+    The bank of pruned layers is built first, if none is given, with its middle level at the sparsity asked for, and
+    kept in `banks` beside the run. What was interrupted or killed goes on with `discopt resume RUN`.
+
+    Examples:
+
+        discopt llm sparsify HuggingFaceTB/SmolLM2-135M --sparsity 0.6 --calibration fineweb-edu --out runs/sparse
+
+        discopt llm sparsify ./my-model --sparsity 55% --bank banks/sparse --group name --out runs/named
+    """
+    _need_llm()
+    from discopt_llm.bank_search import SparsifyRequest
+
+    _run_search(ctx, SparsifyRequest)
+
+
+@app.command()
+def compress(
+    ctx: typer.Context,
+    model: o.Model,
+    *,
+    size: o.Size = None,
+    bpw: o.Bpw = None,
+    kinds: Annotated[
+        str, o.levels(metavar="LIST", help="What a unit's levels may be.", show_default=True)
+    ] = "drop,sparsity,quantization",
+    banks: o.Banks = None,
+    group: o.MixedGroup = "none",
+    widths: o.Widths = "2,3,4,5,6",
+    group_size: o.GroupSize = 128,
+    symmetric: o.Symmetric = False,
+    levels: o.LevelCount = 17,
+    step: o.Step = None,
+    bank_tokens: o.BankTokens = None,
+    preset: o.Preset = "fast",
+    generations: o.Generations = None,
+    offspring: o.Offspring = None,
+    stages: o.Stages = None,
+    start: o.Start = None,
+    fitness: o.Fitness = "kl",
+    max_seconds: o.MaxSeconds = None,
+    calibration: o.CalibrationSource = "builtin",
+    calibration_tokens: o.CalibrationTokens = None,
+    sequence_length: o.SequenceLength = None,
+    eval_data: o.EvalData = None,
+    eval_tokens: o.EvalTokens = None,
+    out: o.Out,
+    baselines: o.Baselines = None,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    trust_remote_code: o.TrustRemoteCode = False,
+    seed: o.Seed = 0,
+    force: o.Force = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Mix dropping, sparsity and quantization: one search over all of them, at one size.
+
+    A unit's levels are dropping it, its sparse forms and its bit widths, ordered by the bytes they take; a dropped
+    sub-block frees the bytes of all its layers for the others.
+
+    Examples:
+
+        discopt llm compress HuggingFaceTB/SmolLM2-135M --size 0.4x --calibration fineweb-edu --out runs/mixed
+
+        discopt llm compress ./my-model --size 120MB --kinds drop,quantization --bank banks/smol --out runs/two
+    """
+    _need_llm()
+    from discopt_llm.bank_search import CompressRequest
+
+    _run_search(ctx, CompressRequest, widths=_widths(widths, "--widths"), kinds=_names(kinds))
 
 
 @app.command("eval")
 def evaluate(
-    model: Model,
+    model: o.Model,
     data: Annotated[
-        str, _data(metavar="SRC", help=f"Text to measure on: {SOURCES}. What a search may have seen of it is left out.")
+        str,
+        o.data(metavar="SRC", help=f"Text to measure on: {o.SOURCES}. What a search may have seen of it is left out."),
     ],
     profile: Annotated[
         str | None,
-        _what(metavar="RUN_OR_FILE", help="A run folder, a profile.json, or a text file with a line for each block."),
+        o.levels(metavar="RUN_OR_FILE", help="A run folder, a profile.json, or a file in the official text format."),
     ] = None,
-    tokens: Annotated[int | None, _data(help="Tokens of it to use.", min=2)] = None,
+    banks: Annotated[
+        list[str] | None,
+        o.levels("--bank", metavar="BANK", help="The bank with the profile's levels; without it, the profile's own."),
+    ] = None,
+    tokens: Annotated[int | None, o.data(help="Tokens of it to use.", min=2)] = None,
     sequence_length: Annotated[
-        int | None, _data(help="Tokens in a sequence: 2048, or the model's positions.", min=2)
+        int | None, o.data(help="Tokens in a sequence: 2048, or the model's positions.", min=2)
     ] = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    trust_remote_code: o.TrustRemoteCode = False,
+    as_json: o.Json = False,
+    quiet: o.Quiet = False,
 ) -> None:
     """Measure a model, and its student under a profile: KL to the dense model, perplexity, top-1 agreement.
 
@@ -179,27 +356,33 @@ def evaluate(
     with only_json_on_stdout(as_json), terminated_as_interrupted():
         from discopt_llm.students import EvalRequest, evaluate_student
 
-        request = EvalRequest(model, data, profile, tokens, sequence_length, device, dtype, trust_remote_code)
+        request = EvalRequest(
+            model, data, profile, tuple(banks or ()), tokens, sequence_length, device, dtype, trust_remote_code
+        )
         results = evaluate_student(request, quiet=quiet)
     _print_rows(results, as_json)
 
 
 @app.command("apply")
 def apply_run(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)],
-    out: Annotated[Path, _run(metavar="DIR", help="Where to write the checkpoint.")],
+    run: o.RunArgument,
+    out: Annotated[Path, o.run(metavar="DIR", help="Where to write the checkpoint.")],
+    banks: Annotated[
+        list[str] | None,
+        o.levels("--bank", metavar="BANK", help="The bank with the profile's levels; without it, the run's own."),
+    ] = None,
     verify: Annotated[
-        bool, _run("--verify/--no-verify", help="Load it back and compare logits.", show_default=True)
+        bool, o.run("--verify/--no-verify", help="Load it back and compare logits.", show_default=True)
     ] = True,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    force: Force = False,
-    as_json: Json = False,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    force: o.Force = False,
+    as_json: o.Json = False,
 ) -> None:
     """Write the student of a run as a Hugging Face checkpoint that plain `from_pretrained` loads.
 
     Whole blocks that went are left out; a sub-block that went alone stays with its output projection zeroed, since
-    transformers has no models with half a block.
+    transformers has no models with half a block. Quantized and sparse weights are written dense.
 
     Examples:
 
@@ -211,7 +394,9 @@ def apply_run(
     with only_json_on_stdout(as_json), terminated_as_interrupted():
         from discopt_llm.students import apply_profile
 
-        summary = apply_profile(run, out, dtype=dtype, device=device, force=force, verify=verify)
+        summary = apply_profile(
+            run, out, banks=tuple(banks or ()), dtype=dtype, device=device, force=force, verify=verify
+        )
     typer.echo(json.dumps(summary.to_dict()) if as_json else summary.sentence)
 
 
@@ -219,6 +404,44 @@ def _need_llm() -> None:
     missing = [name for name in ("torch", "transformers", "datasets") if importlib.util.find_spec(name) is None]
     if missing:
         raise DiscoptError(f"discopt llm needs {', '.join(missing)}: pip install 'discopt-search[llm]'")
+
+
+def _run_search(ctx: typer.Context, kind: type[SearchRequest], **changes: Any) -> None:
+    """Run the search that the options of a command ask for, and print its table."""
+    p = ctx.params
+    with only_json_on_stdout(p["as_json"]), terminated_as_interrupted():
+        from discopt_llm.search import begin
+
+        request = checked(lambda: kind(**_options(kind, ctx, **changes)))
+        try:
+            results = begin(request, p["out"], force=p["force"], quiet=p["quiet"], say=_say(p["quiet"]))
+        except KeyboardInterrupt:  # before or after the search itself, which ends in results of its own
+            if (p["out"] / "run.json").is_file():
+                _interrupted(f"discopt resume {p['out']}")
+            raise
+    _finish_run(results, p["as_json"])
+
+
+def _options(kind: type[Any], ctx: typer.Context, **changes: Any) -> dict[str, Any]:
+    """The options of a command that are fields of a request; `changes` are those that are written otherwise there."""
+    names = {field.name for field in fields(kind)}
+    given = {name: value for name, value in ctx.params.items() if name in names}
+    lists: dict[str, Any] = {name: tuple(given[name] or ()) for name in ("stages", "banks") if name in given}
+    if given.get("baselines") is not None:
+        lists["baselines"] = tuple(name for name in _names(given["baselines"]) if name != "none")
+    return {**given, **lists, **changes}
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """a,b -> ("a", "b")."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _widths(text: str, option: str) -> tuple[int, ...]:
+    """2,3,4 -> (2, 3, 4)."""
+    if not all(part.isdecimal() for part in _names(text)) or not _names(text):
+        raise typer.BadParameter(f"expected bit widths such as 2,3,4, got {text!r}", param_hint=option)
+    return tuple(sorted({int(part) for part in _names(text)}))
 
 
 def _say(quiet: bool) -> Any:
@@ -242,10 +465,14 @@ def _finish_run(results: dict[str, Any], as_json: bool) -> None:
     _print_rows(results, as_json)
     folder = results["folder"]
     if results["stop"] == StopReason.INTERRUPTED.value:
-        typer.echo(f"interrupted; go on with: discopt resume {folder}", err=True)
-        raise typer.Exit(INTERRUPTED)
+        _interrupted(f"discopt resume {folder}")
     if not as_json:
         typer.echo(f"\nreport: {folder}/report.md\nwrite the model: discopt llm apply {folder} --out MODEL")
+
+
+def _interrupted(command: str) -> NoReturn:
+    typer.echo(f"interrupted; go on with: {command}", err=True)
+    raise typer.Exit(INTERRUPTED)
 
 
 def _print_rows(results: dict[str, Any], as_json: bool) -> None:

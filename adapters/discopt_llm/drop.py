@@ -15,10 +15,12 @@ from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from discopt.space import SearchSpace
 from discopt_llm.anatomy import Anatomy, SubBlock, skipped_
-from discopt_llm.profile import decisions_from_levels
+from discopt_llm.evaluator import TEACHER
+from discopt_llm.profile_text import decisions_from_levels
 
 __all__ = ["DropLevels", "Unit", "blocks_to_drop", "drop_space"]
 
@@ -91,10 +93,14 @@ class DropLevels:
         """Number of parameters in the sub-blocks that a profile (n,) drops; the norms beside them stay."""
         return sum(part.parameters for part in self._dropped_parts(profile))
 
-    def bytes_dropped(self, profile: NDArray[np.integer]) -> int:
-        """What those parameters take in memory, bytes."""
-        parameters = (p for part in self._dropped_parts(profile) for m in part.modules for p in m.parameters())
-        return sum(p.numel() * p.element_size() for p in parameters)
+    def bytes_of(self, model: nn.Module, profile: NDArray[np.integer]) -> int:
+        """What the student of a profile (n,), or of one of TEACHER throughout, takes in memory, bytes."""
+        whole = sum(p.nbytes for p in model.parameters())  # tied ones once
+        if (np.asarray(profile) == TEACHER).all():
+            return whole
+        return whole - sum(
+            p.nbytes for part in self._dropped_parts(profile) for m in part.modules for p in m.parameters()
+        )
 
     def _gone(self, profile: NDArray[np.integer]) -> NDArray[np.bool_]:
         levels = np.asarray(profile)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
+from torch import nn
 
 from discopt.progress import task
-from discopt.space import Levels
+from discopt.space import Levels as LevelNumbers
 from discopt_llm.calibration import Calibration
-from discopt_llm.drop import DropLevels
-from discopt_llm.evaluator import Evaluator
+from discopt_llm.evaluator import Evaluator, Levels
 from discopt_llm.fitness import KL, Disagreement, Fitness, Perplexity
 
 BATCH = 2  # sequences measured between two steps of the progress bar
@@ -21,23 +22,40 @@ MOST_NLL = 700.0  # nats; beyond it perplexity leaves the range of float64
 MEASURES: tuple[Fitness, ...] = (KL(), Perplexity(), Disagreement())
 
 
+class StudentLevels(Levels, Protocol):
+    """Levels whose students can be named, weighed and written."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the units, (n,)."""
+        ...
+
+    def bytes_of(self, model: nn.Module, profile: NDArray[np.integer]) -> int:
+        """What the student of a profile (n,), or of one of TEACHER throughout, takes."""
+        ...
+
+    def dropped(self, profile: NDArray[np.integer]) -> NDArray[np.bool_]:
+        """Which sub-blocks a profile (n,) drops: (blocks, 2), attention then MLP."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Method:
     """A profile to compare, and what it took to find it."""
 
     name: str
-    profile: Levels  # (n,)
+    profile: LevelNumbers  # (n,); TEACHER throughout is the teacher itself
     tokens: int  # spent searching
 
 
 def heldout_rows(
-    evaluator: Evaluator, levels: DropLevels, methods: Sequence[Method], heldout: Calibration, *, quiet: bool = False
+    evaluator: Evaluator, levels: StudentLevels, methods: Sequence[Method], heldout: Calibration, *, quiet: bool = False
 ) -> list[dict[str, Any]]:
     """A table row for every method: `method`, `kl`, `kl_error`, `perplexity`, `agreement`, `tokens`, `bytes`.
 
     KL to the teacher is in nats per token, `kl_error` its standard error over sequences, `agreement` the share of
     positions where teacher and student find the same token likeliest, `tokens` what the search for the profile
-    spent, and `bytes` what the student's parameters take in the teacher's data type.
+    spent, and `bytes` what the student takes.
     """
     population = np.stack([method.profile for method in methods])
     sequences = list(heldout.sequences)
@@ -49,7 +67,6 @@ def heldout_rows(
             progress.advance(len(batch))
     # Sequences are equally long, so each column is its sequence's mean.
     kl, nll, disagreement = (np.concatenate(columns, axis=1) for columns in zip(*parts, strict=True))
-    whole = sum(p.numel() * p.element_size() for p in evaluator.model.parameters())  # tied ones once
     error = kl.std(axis=1, ddof=1) / math.sqrt(kl.shape[1]) if kl.shape[1] > 1 else np.full(len(kl), np.nan)
     return [
         {
@@ -59,7 +76,7 @@ def heldout_rows(
             "perplexity": _number(np.exp(min(nll[i].mean(), MOST_NLL))),
             "agreement": _number(1 - disagreement[i].mean()),
             "tokens": method.tokens,
-            "bytes": whole - levels.bytes_dropped(method.profile),
+            "bytes": levels.bytes_of(evaluator.model, method.profile),
         }
         for i, method in enumerate(methods)
     ]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from discopt.optimizers.evopress import Stage
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Settings of a depth-pruning search; all sizes in tokens."""
+    """Settings of a search; all sizes in tokens."""
 
     summary: str
     offspring: int
@@ -20,7 +20,9 @@ class Preset:
     baseline_tokens: int  # for scores of the dense model
     eval_tokens: int | None  # held-out; None is all there is
     generations: int | None = None  # None: k (n - k) / 1.5 to drop k of n blocks
-    start: str = "heuristics"  # "random" is the paper's; "heuristics" lets those compete with the best random one
+    start: str = "heuristics"  # see search.STARTS
+    bank_tokens: int | None = None  # to build a bank with; None is all there is
+    rule: str = "exchange"  # how budget crosses groups where units of all groups may trade
 
 
 DROP_PRESETS = {
@@ -56,6 +58,46 @@ DROP_PRESETS = {
         eval_tokens=4096,
         generations=11,
     ),
+}
+
+_PUBLISHED = Preset(
+    "EvoPress, Table 8: 64 offspring, 8@2048 2@16384 1@65536, 400 generations",
+    offspring=64,
+    stages=(Stage(8, 2048), Stage(2, 16384), Stage(1, 65536)),
+    start_candidates=64,
+    start_fidelity=2048,
+    sequence_length=8192,
+    baseline_tokens=32768,
+    eval_tokens=None,
+    generations=400,
+    start="auto",
+    bank_tokens=2**23,
+    rule="across",
+)
+_SMALL = {
+    "fast": replace(
+        DROP_PRESETS["fast"],
+        summary="EvoPress, Table 8, super-fast: 16 offspring, 1@512 1@8192, 400 generations",
+        generations=400,
+    ),
+    "demo": replace(
+        DROP_PRESETS["demo"],
+        stages=(Stage(4, 256), Stage(1, 1024)),
+        baseline_tokens=512,
+        generations=12,
+        bank_tokens=16384,
+    ),
+}
+SPARSITY_PRESETS = {"paper": _PUBLISHED, **_SMALL}
+QUANTIZATION_PRESETS = {
+    "paper": replace(
+        _PUBLISHED,
+        summary="EvoPress, Table 8: 128 offspring, 16@2048 4@16384 1@131072, 150 generations",
+        offspring=128,
+        stages=(Stage(16, 2048), Stage(4, 16384), Stage(1, 131072)),
+        generations=150,
+    ),
+    **_SMALL,
 }
 
 

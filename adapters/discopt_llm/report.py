@@ -1,10 +1,11 @@
-"""What a depth-pruning run leaves: results.json, profile.json, the official text file, report.md and pictures."""
+"""What a run leaves: results.json, profile.json, the official text file, report.md and pictures."""
 
 from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,54 +18,53 @@ from discopt.plots import new_figure, plot_trace, save_figure, style_axes
 from discopt.progress import format_loss
 from discopt.report import markdown_rows
 from discopt.run import Result
-from discopt_llm.profile import Profile, write_decisions
+from discopt_llm.genome import DROP_LABEL, Genome
 
 if TYPE_CHECKING:
-    from discopt_llm.search import Prepared
+    from discopt_llm.search import Prepared, Task
 
 FITNESS_WORDS = {
     "kl": "KL to the dense model, nats per token",
     "ppl": "negative log-likelihood, nats per token",
     "tv": "total variation to the dense model",
 }
-KEPT, DROPPED = "#cbd5e1", "#b91c1c"
+KEPT, DEAREST, DROPPED = "#e2e8f0", "#3b82c4", "#dc6b6b"
+_PICTURE_WORDS = {
+    "quantization": "width of the weights, bits",
+    "sparsity": "zeros, %",
+    "mixed": "width in bits, zeros in %, – for dropped",
+}
+_SPARSE = "sparse"
+_STATISTICS: dict[str, Callable[[NDArray[np.float64]], float]] = {"least": np.min, "mean": np.mean, "most": np.max}
+_UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9}
 _log = logging.getLogger(__name__)
 
 
 def write_run(
-    prepared: Prepared, result: Result, rows: Sequence[Mapping[str, Any]], folder: RunFolder
+    prepared: Prepared, task: Task, result: Result, rows: Sequence[Mapping[str, Any]], folder: RunFolder
 ) -> dict[str, Any]:
     """Write the answer's files, results.json last, since it says that the others are there; returns its content."""
-    levels, loaded = prepared.levels, prepared.loaded
-    dropped = levels.dropped(result.profile)
-    profile = Profile("drop", levels.unit, loaded.source, loaded.fingerprint, levels.names, result.profile)
-    profile.write(folder.path / "profile.json")
-    write_decisions(folder.path / "profile.txt", dropped)
+    task.document(result.profile).write(folder.path / "profile.json")
+    folder.write_text("profile.txt", task.text(result.profile))
     results = {
         "format": "discopt-results",
         "version": 1,
         "command": folder.request["command"],
         "rows": list(rows),
         **result.to_dict(),
-        "asked": {"sparsity": prepared.request.sparsity},
-        "met": _met(prepared, dropped),
+        "asked": task.asked(),
+        "met": task.met(result.profile),
         "heldout": {"source": prepared.heldout.source, "tokens": prepared.heldout.tokens},
         "seed": prepared.request.seed,
         "folder": str(folder.path),
     }
-    pictures = _draw(prepared, result, dropped, folder)
-    folder.write_text("report.md", _report(prepared, results, dropped, pictures, folder))
+    pictures = _draw(prepared, task, result, folder)
+    folder.write_text("report.md", _report(prepared, task, result, results, pictures, folder))
     folder.write_json("results.json", results)
     return results
 
 
-def _met(prepared: Prepared, dropped: NDArray[np.bool_]) -> dict[str, Any]:
-    """What the profile really drops."""
-    attention, mlp = (int(count) for count in dropped.sum(axis=0))
-    return {"attention_dropped": attention, "mlp_dropped": mlp, "blocks": len(dropped)}
-
-
-def _draw(prepared: Prepared, result: Result, dropped: NDArray[np.bool_], folder: RunFolder) -> list[str]:
+def _draw(prepared: Prepared, task: Task, result: Result, folder: RunFolder) -> list[str]:
     """The pictures that could be drawn: none without matplotlib."""
     drawn = []
     fitness = prepared.request.fitness.partition(":")[0]
@@ -73,7 +73,7 @@ def _draw(prepared: Prepared, result: Result, dropped: NDArray[np.bool_], folder
             loss = FITNESS_WORDS.get(fitness, "KL over the dense model's top tokens, nats per token")
             plot_trace(result.trace, folder.path / "trace.png", unit="tokens", loss=loss)
             drawn.append("trace.png")
-        plot_dropped(dropped, folder.path / "units.png")
+        task.draw(result.profile, folder.path / "units.png")
         drawn.append("units.png")
     except RunFolderError:
         raise
@@ -91,8 +91,7 @@ def plot_dropped(dropped: NDArray[np.bool_], path: Path) -> None:
     axes.grid(False)
     for kind in range(2):
         for block in range(blocks):
-            gone = dropped[block, kind]
-            axes.add_patch(_cell(block, kind, gone))
+            axes.add_patch(_cell(block, kind, DROPPED if dropped[block, kind] else KEPT))
     axes.set_xlim(-0.6, blocks - 0.4)
     axes.set_ylim(1.6, -0.6)
     axes.set_yticks([0, 1], ["attention", "MLP"])
@@ -105,12 +104,11 @@ def plot_dropped(dropped: NDArray[np.bool_], path: Path) -> None:
     save_figure(figure, path)
 
 
-def _cell(block: int, kind: int, gone: bool) -> Any:
+def _cell(block: int, row: int, color: str) -> Any:
     from matplotlib.patches import FancyBboxPatch
 
-    color = DROPPED if gone else KEPT
     return FancyBboxPatch(
-        (block - 0.36, kind - 0.32),
+        (block - 0.36, row - 0.32),
         0.72,
         0.64,
         boxstyle="round,pad=0,rounding_size=0.1",
@@ -119,21 +117,127 @@ def _cell(block: int, kind: int, gone: bool) -> Any:
     )
 
 
+def plot_levels(genome: Genome, profile: NDArray[np.integer], path: Path) -> None:
+    """Draw the level of every unit (n,) as a map of blocks by units, the darker the dearer; needs the extra `plot`."""
+    kinds = unit_kinds(genome)
+    rows = list(dict.fromkeys(kinds))
+    blocks = int(genome.block_of.max()) + 1
+    figure = new_figure(max(4.6, 0.3 * blocks + 2.2), 0.32 * len(rows) + 1.2)
+    axes = figure.add_subplot()
+    style_axes(axes)
+    axes.grid(False)
+    costs = genome.costs.bytes / genome.costs.dense[:, None]
+    forms = genome.present & np.array([[label != DROP_LABEL for label in row] for row in genome.labels])
+    least, most = costs[forms].min(), costs[forms].max()
+    for unit, (level, word) in enumerate(zip(np.asarray(profile).tolist(), level_words(genome, profile), strict=True)):
+        share = (costs[unit, level] - least) / max(most - least, 1e-9)
+        x, y = int(genome.block_of[unit]), rows.index(kinds[unit])
+        dropped = genome.labels[unit][level] == DROP_LABEL
+        axes.add_patch(_cell(x, y, DROPPED if dropped else _shade(share)))
+        axes.text(x, y, "–" if dropped else word, ha="center", va="center", fontsize=6)
+    axes.set_xlim(-0.6, blocks - 0.4)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xticks(range(0, blocks, max(1, blocks // 15)))
+    axes.set_xlabel("block")
+    axes.set_title(_PICTURE_WORDS[genome.kind], loc="left", fontsize=10)
+    save_figure(figure, path)
+
+
+def _shade(share: float) -> str:
+    """Between KEPT and DEAREST."""
+    ends = [[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in (KEPT, DEAREST)]
+    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(*ends, strict=True))
+
+
+def unit_kinds(genome: Genome) -> list[str]:
+    """What the layers of each unit are called in their block, (n,): "q_proj+k_proj", "attn.c_proj", "mlp.c_proj"."""
+    paths = [names[0].split(".") for names in genome.layer_names]
+    others = [[name.rpartition(".")[2] for name in names[1:]] for names in genome.layer_names]
+    depth = np.ones(genome.n, dtype=int)
+    while True:
+        kinds = ["+".join([".".join(p[-d:]), *more]) for p, d, more in zip(paths, depth, others, strict=True)]
+        count = Counter(zip(genome.block_of.tolist(), kinds, strict=True))
+        clashing = {kind for (_, kind), times in count.items() if times > 1}
+        deeper = np.array([kind in clashing and d < len(p) for kind, d, p in zip(kinds, depth, paths, strict=True)])
+        if not deeper.any():
+            return kinds
+        depth += deeper
+
+
+def level_words(genome: Genome, profile: NDArray[np.integer]) -> list[str]:
+    """What each unit's level is, (n,): a width as "3", zeros as "60" or, where kinds are mixed, "60%", or "drop"."""
+    zeros = 1 - genome.costs.weights / genome.costs.dense[:, None]
+    words = []
+    for unit, (level, label) in enumerate(zip(np.asarray(profile).tolist(), genome.labels_of(profile), strict=True)):
+        if genome.kind == "sparsity" or label.startswith("sparsity:"):
+            sign = "%" if genome.kind == "mixed" else ""
+            words.append(f"{100 * zeros[unit, level]:.0f}{sign}")
+        else:
+            words.append(label.rpartition(":")[2])
+    return words
+
+
+def levels_listing(genome: Genome, profile: NDArray[np.integer]) -> str:
+    """The levels by what the units are called in their block, as a Markdown table: how many have which, or zeros."""
+    kinds = np.array(unit_kinds(genome))
+    names = dict.fromkeys(kinds.tolist())
+    zeros = 1 - (genome.costs.weights / genome.costs.dense[:, None])[np.arange(genome.n), profile]
+    if genome.kind == "sparsity":
+        rows = [
+            {"layers": name, **{what: f"{f(zeros[kinds == name]):.1%}" for what, f in _STATISTICS.items()}}
+            for name in names
+        ]
+        return "Share of zeros.\n\n" + markdown_rows(rows)
+    words = np.array([_form_words(label) for label in genome.labels_of(profile)])
+    known = dict.fromkeys(_form_words(label) for row in genome.labels for label in row if label)
+    columns = sorted((word for word in known if word in words), key=_form_order)
+    rows = [
+        {"layers": name, **{word: int(((kinds == name) & (words == word)).sum()) for word in columns}} for name in names
+    ]
+    sparse = zeros[words == _SPARSE]
+    note = f" The sparse ones have {sparse.min():.1%} to {sparse.max():.1%} zeros." if len(sparse) else ""
+    return f"How many have which form.{note}\n\n" + markdown_rows(rows)
+
+
+def _form_words(label: str) -> str:
+    """A level's label as a column is headed: "3 bits", "sparse", "dropped"."""
+    if label == DROP_LABEL:
+        return "dropped"
+    return _SPARSE if label.startswith("sparsity:") else f"{label.rpartition(':')[2]} bits"
+
+
+def _form_order(word: str) -> int:
+    """Dropped, then widths, then sparse."""
+    return {"dropped": 0, _SPARSE: 100}[word] if word in ("dropped", _SPARSE) else int(word.partition(" ")[0])
+
+
+def met_words(met: Mapping[str, Any]) -> str:
+    """What a student weighs, in all measures."""
+    return (
+        f"{met['bits']:.3f} bits on average, {met['bpw']:.3f} stored bits per weight with scales, zero points and "
+        f"masks, {met['sparsity']:.1%} zeros, a file of {_bytes(met['bytes'])} ({met['size']:.3f}x the dense one in 16 "
+        "bits)"
+    )
+
+
+def _bytes(number: int) -> str:
+    """Bytes for people: "75.6 KB", "138.2 MB"."""
+    unit = next((unit for unit in ("GB", "MB") if number >= _UNITS[unit]), "KB")
+    return f"{number / _UNITS[unit]:,.1f} {unit}"
+
+
 def _report(
     prepared: Prepared,
+    task: Task,
+    result: Result,
     results: Mapping[str, Any],
-    dropped: NDArray[np.bool_],
     pictures: Sequence[str],
     folder: RunFolder,
 ) -> str:
     """report.md."""
-    request, met = prepared.request, results["met"]
+    request = prepared.request
     versions = ", ".join(f"{name} {version}" for name, version in folder.request["versions"].items())
-    asked = (
-        f"Asked: drop {request.sparsity:.1%} of the attention and of the MLP sub-blocks of `{request.model}`, in units "
-        f"of a {request.unit}. Met: {met['attention_dropped']} attention and {met['mlp_dropped']} MLP sub-blocks of "
-        f"{met['blocks']} each."
-    )
     spent = (
         f"The search ended after {results['generations']} generations ({results['stop']}): "
         f"{results['evaluations']:,} candidates, {results['total_fidelity']:,} tokens, {results['seconds']:.0f} s. "
@@ -143,18 +247,17 @@ def _report(
     table = [
         f"## On held-out text\n\n{heldout['tokens']:,} tokens of {heldout['source']} that no search has seen. KL is to "
         "the dense model, in nats per token, with its standard error over sequences; tokens are those spent searching; "
-        "bytes are those of the parameters that stay.",
+        "bytes are those of the whole model file, with what is not compressed.",
         markdown_rows(shown_rows(results["rows"])),
     ]
-    alt = {"trace.png": "Loss over the tokens spent", "units.png": "Which sub-blocks went"}
+    alt = {"trace.png": "Loss over the tokens spent", "units.png": "The levels of the units"}
     parts = [
-        f"# Depth pruning of {request.model}",
-        asked,
+        f"# {task.title}",
+        task.sentence(result.profile),
         spent,
         *(table if results["rows"] else ["The search was interrupted before the held-out table was made."]),
         *(f"![{alt[name]}]({name})" for name in pictures),
-        "## What is dropped",
-        _dropped_words(dropped),
+        task.listing(result.profile),
         "## What next",
         "```\n"
         + "\n".join(
@@ -184,7 +287,8 @@ def shown_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{heading: row[key] for key, heading in headings.items() if key in row} for row in rows]
 
 
-def _dropped_words(dropped: NDArray[np.bool_]) -> str:
+def dropped_listing(dropped: NDArray[np.bool_]) -> str:
+    """Which sub-blocks go, (blocks, 2), as Markdown."""
     lines = []
     for kind, name in enumerate(("attention", "MLP")):
         blocks = ", ".join(str(block) for block in np.flatnonzero(dropped[:, kind])) or "none"

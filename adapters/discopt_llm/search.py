@@ -1,66 +1,64 @@
-"""`discopt llm drop`: load, search, compare on held-out text, and leave a run folder that can be gone on with."""
+"""From a request to a run folder: load, search, compare on held-out text; the same for every kind of compression.
+
+A kind of compression is a `Task`: where the levels come from, which profiles meet the budget, and what to compare
+with. The commands' requests say how to make one.
+"""
 
 from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, ClassVar, Self
 
-from discopt.errors import RunFolderError
+import numpy as np
+
+from discopt.errors import BudgetError, RunFolderError
 from discopt.folder import RunFolder, distribution_version, request_of
 from discopt.optimizers.base import StopReason
 from discopt.optimizers.evopress import EvoPress, EvoPressSettings, Stage
-from discopt.progress import ProgressBar, task
+from discopt.progress import ProgressBar
 from discopt.report import option_words
 from discopt.run import Limits, Result, minimize
-from discopt.space import Levels, SearchSpace
-from discopt_llm import baselines
+from discopt.space import Levels as LevelNumbers
+from discopt.space import SearchSpace
 from discopt_llm.calibration import Calibration, load_calibration
-from discopt_llm.drop import DropLevels, Unit, blocks_to_drop, drop_space
-from discopt_llm.errors import DataError, ModelError, ProfileError
-from discopt_llm.evaluator import Evaluator
+from discopt_llm.errors import BankError, DataError, ModelError, ProfileError
+from discopt_llm.evaluator import TEACHER, Evaluator
 from discopt_llm.fitness import fitness_by_name
-from discopt_llm.heldout import Method, heldout_rows
+from discopt_llm.heldout import Method, StudentLevels, heldout_rows
 from discopt_llm.models import LoadedModel, load_model
 from discopt_llm.objective import CompressionObjective
-from discopt_llm.presets import DROP_PRESETS, Preset, published_generations
+from discopt_llm.presets import Preset
+from discopt_llm.profile import Profile
 from discopt_llm.report import write_run
-from discopt_llm.students import read_student, sequence_length
 
-COMMAND = "llm drop"
-BASELINES = {
-    "random": "random (best of the start candidates)",
-    "shortgpt": "ShortGPT block influence",
-    "window": "window cosine",
-    "influence": "unit influence",
-}
-_HEURISTICS = {
-    "shortgpt": baselines.shortgpt,
-    "window": baselines.window_cosine,
-    "influence": baselines.unit_influence,
-}
-STARTS = ("random", "heuristics")
-START_WINDOWS = 5  # runs of units that compete for the start, beside ShortGPT's profile
+__all__ = ["STARTS", "Heuristics", "Prepared", "SearchRequest", "Task", "begin", "feasible_start", "resume"]
+
+# Where a search starts: as Algorithm 1 has it (uniform if that spends the budget, else random), from the best random
+# profile, or from the best of that start and the heuristics that the task knows.
+STARTS = ("auto", "random", "heuristics")
 
 Say = Callable[[str], None]
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class DropRequest:
-    """What was asked of `discopt llm drop`, one field per option; None takes the preset's value.
+@dataclass(frozen=True, kw_only=True)
+class SearchRequest(ABC):
+    """What was asked of a search, one field per option; None takes the preset's value.
 
     Raises ValueError for values that make no sense.
     """
 
+    command: ClassVar[str]  # as run.json has it
+    presets: ClassVar[Mapping[str, Preset]]
+    known_baselines: ClassVar[Mapping[str, str]]  # name -> what its row is called
+
     model: str
-    sparsity: float
-    unit: Unit = "sublayer"
-    protect: tuple[int, ...] = ()
     preset: str = "fast"
     calibration: str = "builtin"
     calibration_tokens: int | None = None
@@ -70,9 +68,9 @@ class DropRequest:
     generations: int | None = None
     offspring: int | None = None
     stages: tuple[str, ...] = ()
-    start: str | None = None  # random, heuristics, or a profile to start from
+    start: str | None = None  # one of STARTS, or a profile to start from
     fitness: str = "kl"
-    baselines: tuple[str, ...] = tuple(BASELINES)
+    baselines: tuple[str, ...] | None = None  # None: all
     max_seconds: float | None = None
     device: str = "auto"
     dtype: str = "auto"
@@ -80,24 +78,20 @@ class DropRequest:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
-        if self.unit not in get_args(Unit):
-            raise ValueError(f"unit must be one of {', '.join(get_args(Unit))}, got {self.unit!r}")
-        if self.preset not in DROP_PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(DROP_PRESETS)}, got {self.preset!r}")
-        if unknown := [name for name in self.baselines if name not in BASELINES]:
-            raise ValueError(f"baselines must be among {', '.join(BASELINES)}, got {', '.join(unknown)}")
+        if self.preset not in self.presets:
+            raise ValueError(f"preset must be one of {', '.join(self.presets)}, got {self.preset!r}")
+        if unknown := [name for name in self.baselines or () if name not in self.known_baselines]:
+            raise ValueError(f"baselines must be among {', '.join(self.known_baselines)}, got {', '.join(unknown)}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
         fitness_by_name(self.fitness)
         Limits(seconds=self.max_seconds)
-        self.settings(blocks=1, dropped=0)
+        self.settings()
 
     @cached_property
     def chosen(self) -> Preset:
         """The preset with the options that replace its values."""
-        preset = DROP_PRESETS[self.preset]
+        preset = self.presets[self.preset]
         stages = tuple(Stage.parse(stage) for stage in self.stages) or preset.stages
         given = {
             name: getattr(self, name)
@@ -106,40 +100,116 @@ class DropRequest:
         }
         return replace(preset, stages=stages, **given)
 
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """The baselines that get a row."""
+        return tuple(self.known_baselines) if self.baselines is None else self.baselines
+
     def command_line(self, out: Path) -> str:
         """The command that asks for this."""
-        words = option_words(self, skip=("model",), repeated={"stages": "--stage"})
-        return shlex.join(["discopt", "llm", "drop", self.model, *words, "--out", str(out)])
+        words = option_words(self, skip=("model",), repeated={"stages": "--stage", "banks": "--bank"})
+        return shlex.join(["discopt", *self.command.split(), self.model, *words, "--out", str(out)])
 
-    def settings(self, *, blocks: int, dropped: int, start: Levels | None = None) -> EvoPressSettings:
-        """Settings of the search that drops `dropped` of `blocks` blocks, or as many sub-blocks of each kind."""
+    def settings(self, **changes: Any) -> EvoPressSettings:
+        """Settings of the search; `changes` are what only the task knows."""
         chosen = self.chosen
-        generations = chosen.generations
-        return EvoPressSettings(
-            generations=published_generations(blocks, dropped) if generations is None else generations,
-            offspring=chosen.offspring,
-            stages=chosen.stages,
-            start="auto" if start is None else tuple(int(level) for level in start),
-            start_candidates=chosen.start_candidates,
-            start_fidelity=chosen.start_fidelity,
-        )
+        known: dict[str, Any] = {
+            "generations": 0 if chosen.generations is None else chosen.generations,
+            "offspring": chosen.offspring,
+            "stages": chosen.stages,
+            "start_candidates": chosen.start_candidates,
+            "start_fidelity": chosen.start_fidelity,
+        }
+        return EvoPressSettings(**{**known, **changes})
+
+    @abstractmethod
+    def check(self, loaded: LoadedModel) -> None:
+        """Raise DiscoptError if this cannot be had of the model; before anything is made that takes long."""
+
+    @abstractmethod
+    def task(self, loaded: LoadedModel, out: Path, *, quiet: bool, say: Say) -> Task:
+        """What is to be searched, with all that it needs; `out` is the run's folder."""
+
+
+@dataclass(frozen=True, eq=False)
+class Heuristics:
+    """Profiles that were found without the search."""
+
+    methods: tuple[Method, ...]  # rows of the table
+    rivals: tuple[LevelNumbers, ...] = ()  # those that compete for the start
+    tokens: int = 0  # that went into the rivals
+    start: LevelNumbers | None = None  # where the search begins; None: as the settings have it
+
+
+class Task(ABC):
+    """One kind of compression of one model, with its budget."""
+
+    levels: StudentLevels
+    space: SearchSpace
+
+    @property
+    def bank_fingerprints(self) -> tuple[str, ...]:
+        """Of the banks that the levels come from."""
+        return ()
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """Of the report."""
+
+    @abstractmethod
+    def read(self, path: str) -> LevelNumbers:
+        """The profile (n,) in a file or run folder; raises ProfileError if it is none of this model's."""
+
+    @abstractmethod
+    def heuristics(self, prepared: Prepared, evaluator: Evaluator, *, quiet: bool) -> Heuristics:
+        """The baselines that were asked for, and what competes for the start."""
+
+    @abstractmethod
+    def changes(self) -> dict[str, Any]:
+        """What the task makes of the search's settings."""
+
+    @abstractmethod
+    def document(self, profile: LevelNumbers) -> Profile:
+        """A profile (n,) as profile.json holds it."""
+
+    @abstractmethod
+    def text(self, profile: LevelNumbers) -> str:
+        """A profile (n,) in the official text format."""
+
+    @abstractmethod
+    def asked(self) -> dict[str, Any]:
+        """The budget as it was asked for."""
+
+    @abstractmethod
+    def met(self, profile: LevelNumbers) -> dict[str, Any]:
+        """What a profile (n,) really keeps."""
+
+    @abstractmethod
+    def sentence(self, profile: LevelNumbers) -> str:
+        """What was asked and what is met, for people."""
+
+    @abstractmethod
+    def listing(self, profile: LevelNumbers) -> str:
+        """The profile for people, as Markdown."""
+
+    @abstractmethod
+    def draw(self, profile: LevelNumbers, path: Path) -> None:
+        """The profile as a picture; raises DiscoptError without matplotlib."""
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """Everything a search needs, loaded and checked before the run folder is made."""
+    """What a search needs besides its task, loaded and checked before the run folder is made."""
 
-    request: DropRequest
+    request: SearchRequest
     loaded: LoadedModel
-    levels: DropLevels
-    space: SearchSpace
     calibration: Calibration
     heldout: Calibration
-    settings: EvoPressSettings
 
     @classmethod
-    def load(cls, request: DropRequest, say: Say) -> Self:
-        """Raises DiscoptError for a model, a text or a profile that cannot be used."""
+    def load(cls, request: SearchRequest, say: Say) -> Self:
+        """Raises DiscoptError for a model, a budget or a text that cannot be used."""
         chosen = request.chosen
         say(f"loading {request.model}")
         loaded = load_model(
@@ -148,11 +218,7 @@ class Prepared:
             dtype=request.dtype,
             trust_remote_code=request.trust_remote_code,
         )
-        levels = DropLevels(loaded.anatomy, request.unit)
-        try:
-            space = drop_space(loaded.anatomy, request.sparsity, unit=request.unit, protect=request.protect)
-        except ValueError as error:  # blocks to protect that this model does not have
-            raise ModelError(f"{request.model}: {error}") from error
+        request.check(loaded)
         length = sequence_length(loaded, request.sequence_length, chosen.sequence_length)
         say(f"reading {request.calibration}")
         calibration = load_calibration(
@@ -165,33 +231,21 @@ class Prepared:
             tokens=chosen.eval_tokens,
             role="heldout" if request.eval_data in (None, request.calibration) else "all",
         )
-        blocks = len(loaded.anatomy.blocks)
-        dropped = blocks_to_drop(blocks, request.sparsity, levels.unit)
-        start = None if chosen.start in STARTS else _read_start(chosen.start, loaded, levels, space)
-        settings = request.settings(blocks=blocks, dropped=dropped, start=start)
-        needed = max(settings.stages[-1].fidelity, settings.start_fidelity or 0)
+        needed = max(chosen.stages[-1].fidelity, chosen.start_fidelity)
         if needed > calibration.tokens:
             raise DataError(
                 f"{request.calibration} has {calibration.tokens:,} tokens for the search, but a stage needs "
                 f"{needed:,}; give smaller stages, such as --stage 1@{calibration.tokens}"
             )
-        return cls(request, loaded, levels, space, calibration, heldout, settings)
+        return cls(request, loaded, calibration, heldout)
 
 
-def _read_start(path: str, loaded: LoadedModel, levels: DropLevels, space: SearchSpace) -> Levels:
-    profile = read_student(path, loaded, unit=levels.unit)[1]
-    try:
-        return space.check(profile)
-    except ValueError as error:
-        raise ProfileError(f"{path} cannot start this search: {error}") from error
-
-
-def begin_drop(request: DropRequest, out: Path, *, force: bool, quiet: bool, say: Say = _log.info) -> dict[str, Any]:
+def begin(request: SearchRequest, out: Path, *, force: bool, quiet: bool, say: Say = _log.info) -> dict[str, Any]:
     """Run a search from its start; returns what results.json holds. The run folder is made once all is loaded."""
     RunFolder.check_free(out, force=force)
     prepared = Prepared.load(request, say)
     asked = {
-        "command": COMMAND,
+        "command": request.command,
         "options": asdict(request),
         "seed": request.seed,
         "directory": Path.cwd(),
@@ -200,15 +254,20 @@ def begin_drop(request: DropRequest, out: Path, *, force: bool, quiet: bool, say
         "versions": {name: distribution_version(name) for name in ("torch", "transformers")},
     }
     folder = RunFolder.create(out, asked, force=force)
-    return _search(prepared, folder, quiet=quiet, resume=False)
+    try:
+        task = _task(prepared, folder, quiet=quiet, say=say)
+    except (BankError, BudgetError, DataError, ProfileError):
+        folder.discard()  # to go on with it would fail in the same way
+        raise
+    return _search(prepared, task, folder, quiet=quiet, going_on=False)
 
 
-def resume_drop(folder: RunFolder, *, quiet: bool, say: Say = _log.warning) -> dict[str, Any]:
+def resume(kind: type[SearchRequest], folder: RunFolder, *, quiet: bool, say: Say = _log.warning) -> dict[str, Any]:
     """Go on with a run that was stopped; returns what results.json holds.
 
     A time limit that ended the run is lifted. A finished run is not run again.
     """
-    request = request_of(DropRequest, folder.request["options"])
+    request = request_of(kind, folder.request["options"])
     if folder.has("results.json"):
         results: dict[str, Any] = folder.read_json("results.json")
         if results.get("stop") == StopReason.TIME.value:
@@ -216,7 +275,8 @@ def resume_drop(folder: RunFolder, *, quiet: bool, say: Say = _log.warning) -> d
         elif results.get("stop") != StopReason.INTERRUPTED.value:
             say(f"{folder.path} is finished: {results.get('stop')}")
             return results
-    prepared = Prepared.load(request, say)
+    tell = _silent if quiet else say
+    prepared = Prepared.load(request, tell)
     for what, began, now in (
         ("model", folder.request["model"]["fingerprint"], prepared.loaded.fingerprint),
         ("calibration text", folder.request["calibration"], prepared.calibration.fingerprint),
@@ -224,72 +284,106 @@ def resume_drop(folder: RunFolder, *, quiet: bool, say: Say = _log.warning) -> d
         if began != now:
             raise RunFolderError(f"the {what} is not the one that {folder.path} began with; start a new run")
     folder.remove_leftovers()
-    return _search(prepared, folder, quiet=quiet, resume=True)
+    return _search(prepared, _task(prepared, folder, quiet=quiet, say=tell), folder, quiet=quiet, going_on=True)
 
 
-def _search(prepared: Prepared, folder: RunFolder, *, quiet: bool, resume: bool) -> dict[str, Any]:
-    request, settings = prepared.request, prepared.settings
-    heuristics = _heuristics(prepared, quiet=quiet)
-    settings = replace(settings, rivals=heuristics.rivals)
-    evaluator = Evaluator(prepared.loaded, prepared.levels)
+def _silent(line: str) -> None:
+    """Say nothing."""
+
+
+def sequence_length(loaded: LoadedModel, asked: int | None, default: int) -> int:
+    """Tokens in a sequence: what was asked, else the default or the model's positions, whichever is less.
+
+    Raises ModelError if the model has fewer positions than were asked for.
+    """
+    positions: int | None = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    if asked is None:
+        return min(default, positions or default)
+    if positions is not None and asked > positions:
+        raise ModelError(f"{loaded.source} has {positions:,} positions, asked for sequences of {asked:,} tokens")
+    return asked
+
+
+def _task(prepared: Prepared, folder: RunFolder, *, quiet: bool, say: Say) -> Task:
+    """What is to be searched; RunFolderError if its banks are not those that the run began with."""
+    request = prepared.request
+    task = request.task(prepared.loaded, folder.path, quiet=quiet, say=say)
+    _given_start(request, task)
+    banks = list(task.bank_fingerprints)
+    if folder.request.get("banks", banks) != banks:
+        raise RunFolderError(f"the bank is not the one that {folder.path} began with; start a new run")
+    if banks:
+        folder.update_request(banks=banks)
+    return task
+
+
+def _given_start(request: SearchRequest, task: Task) -> LevelNumbers | None:
+    """The profile (n,) to start from, if one was given."""
+    start = request.chosen.start
+    return None if start in STARTS else feasible_start(start, task.read(start), task.space)
+
+
+def _search(prepared: Prepared, task: Task, folder: RunFolder, *, quiet: bool, going_on: bool) -> dict[str, Any]:
+    request = prepared.request
+    given = _given_start(request, task)
+    evaluator = Evaluator(prepared.loaded, task.levels)
+    heuristics = task.heuristics(prepared, evaluator, quiet=quiet)
+    settings = _settings(request, task, heuristics, given)
     objective = CompressionObjective(evaluator, prepared.calibration, fitness_by_name(request.fitness))
     with ProgressBar(unit="tokens", label="search", quiet=quiet) as bar:
         result = minimize(
             objective,
-            prepared.space,
-            optimizer=EvoPress(prepared.space, settings, seed=request.seed),
+            task.space,
+            optimizer=EvoPress(task.space, settings, seed=request.seed),
             limits=Limits(seconds=request.max_seconds),
             callbacks=(bar,),
             folder=folder,
-            resume=resume,
+            resume=going_on,
         )
     rows: list[dict[str, Any]] = []
     if result.stop is not StopReason.INTERRUPTED:
-        methods = _methods(prepared, heuristics, result)
-        rows = heldout_rows(evaluator, prepared.levels, methods, prepared.heldout, quiet=quiet)
-    return write_run(prepared, result, rows, folder)
+        methods = _methods(prepared, task, heuristics, settings, result)
+        rows = heldout_rows(evaluator, task.levels, methods, prepared.heldout, quiet=quiet)
+    return write_run(prepared, task, result, rows, folder)
 
 
-@dataclass(frozen=True, eq=False)
-class _Heuristics:
-    """What scores of the dense model's hidden states give, and the tokens they took."""
-
-    profiles: Mapping[str, Levels]  # (n,) each; those that are rows of the table
-    rivals: tuple[tuple[int, ...], ...]  # those that compete for the start
-    tokens: int
-
-
-def _heuristics(prepared: Prepared, *, quiet: bool) -> _Heuristics:
-    request, levels, space = prepared.request, prepared.levels, prepared.space
-    names = [name for name in _HEURISTICS if name in request.baselines]
-    competes = request.chosen.start == "heuristics"
-    if not names and not competes:
-        return _Heuristics({}, (), 0)
-    sample = prepared.calibration.sample(min(request.chosen.baseline_tokens, prepared.calibration.tokens), request.seed)
-    with task("heuristics", len(sample), unit="sequences", quiet=quiet) as progress:
-        alike = baselines.similarity(prepared.loaded, sample, done=progress.advance)
-    profiles = {}
-    for name in names:
-        try:
-            profiles[name] = _HEURISTICS[name](alike, levels, space)
-        except ModelError as error:
-            _log.warning("no %s: %s", BASELINES[name], error)
-    rivals: list[Levels] = []
-    if competes:
-        rivals = [
-            baselines.shortgpt(alike, levels, space),
-            *baselines.unit_windows(alike, levels, space, START_WINDOWS),
-        ]
-    return _Heuristics(profiles, tuple(tuple(rival.tolist()) for rival in rivals), sum(map(len, sample)))
+def feasible_start(path: str, profile: LevelNumbers, space: SearchSpace) -> LevelNumbers:
+    """The profile (n,) read from `path`; raises ProfileError if it does not meet the budget."""
+    try:
+        return space.check(profile)
+    except ValueError as error:
+        raise ProfileError(f"{path} cannot start this search: {error}") from error
 
 
-def _methods(prepared: Prepared, heuristics: _Heuristics, result: Result) -> list[Method]:
+def _settings(
+    request: SearchRequest, task: Task, heuristics: Heuristics, given: LevelNumbers | None
+) -> EvoPressSettings:
+    changes = task.changes()
+    if given is not None:
+        return request.settings(**changes, start=_numbers(given))
+    if request.chosen.start == "heuristics":
+        if heuristics.start is not None:
+            changes["start"] = _numbers(heuristics.start)
+        changes["rivals"] = tuple(map(_numbers, heuristics.rivals))
+    elif request.chosen.start == "random":
+        changes["start"] = "random"
+    return request.settings(**changes)
+
+
+def _numbers(profile: LevelNumbers) -> tuple[int, ...]:
+    return tuple(int(level) for level in profile)
+
+
+def _methods(
+    prepared: Prepared, task: Task, heuristics: Heuristics, settings: EvoPressSettings, result: Result
+) -> Sequence[Method]:
     """The rows of the table: dense, the baselines asked for, and what the search found, with all it spent."""
-    request, settings = prepared.request, prepared.settings
-    methods = [Method("dense", prepared.space.dearest(), 0)]
-    if "random" in request.baselines and result.start is not None and result.start.fidelity:
+    request = prepared.request
+    methods = [Method("dense", np.full(task.space.n, TEACHER, dtype=np.int16), 0)]
+    random = request.known_baselines["random"]
+    measured = any(method.name == random for method in heuristics.methods)
+    if "random" in request.compared and not measured and result.start is not None and result.start.fidelity:
         spent = settings.start_candidates * result.start.fidelity
-        methods.append(Method(BASELINES["random"], result.start.profile, spent))
-    methods += [Method(BASELINES[name], profile, heuristics.tokens) for name, profile in heuristics.profiles.items()]
-    guided = heuristics.tokens if heuristics.rivals else 0
-    return [*methods, Method("evolved", result.profile, result.total_fidelity + guided)]
+        methods.append(Method(random, result.start.profile, spent))
+    guided = heuristics.tokens if settings.rivals else 0
+    return [*methods, *heuristics.methods, Method("evolved", result.profile, result.total_fidelity + guided)]

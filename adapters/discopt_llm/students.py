@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from torch import Tensor
 
 from discopt.folder import RunFolder
-from discopt.space import Levels
+from discopt.space import Levels as LevelNumbers
+from discopt_llm.bank import Bank, BankLayer
 from discopt_llm.calibration import load_calibration
 from discopt_llm.drop import DropLevels, Unit
-from discopt_llm.errors import ModelError, ProfileError
-from discopt_llm.evaluator import Evaluator
+from discopt_llm.errors import BankError, ProfileError
+from discopt_llm.evaluator import TEACHER, Evaluator
 from discopt_llm.export.hf import CheckpointSummary, write_checkpoint
-from discopt_llm.heldout import Method, heldout_rows
+from discopt_llm.genome import DROP_LABEL, Genome, bank_genome, mixed_genome
+from discopt_llm.heldout import Method, StudentLevels, heldout_rows
+from discopt_llm.layers import Layer, read_layers
+from discopt_llm.levels import BankLevels
 from discopt_llm.models import LoadedModel, load_model
-from discopt_llm.profile import Profile, levels_from_decisions, read_profile
+from discopt_llm.profile import BankReference, Profile, read_profile
+from discopt_llm.profile_text import levels_from_decisions, levels_from_labels
+from discopt_llm.search import sequence_length
 from discopt_llm.sources import Role
 
 EVAL_SEQUENCE_LENGTH = 2048
 
 
-def read_student(path: str, loaded: LoadedModel, *, unit: Unit | None = None) -> tuple[DropLevels, Levels]:
-    """The units and levels (n,) in a profile file or a run folder; raises ProfileError for one of another model.
+def read_drop_student(path: str, loaded: LoadedModel, *, unit: Unit | None = None) -> tuple[DropLevels, LevelNumbers]:
+    """The units and levels (n,) in a file or run of depth pruning; raises ProfileError for one of another model.
 
     `unit` is what the units must be; None takes the file's own, or sublayers for the text format, which fits any.
     """
     found = read_profile(path, blocks=len(loaded.anatomy.blocks))
+    if isinstance(found, Mapping) or (isinstance(found, Profile) and found.kind != "drop"):
+        raise ProfileError(f"{path} is no profile of depth pruning")
     if not isinstance(found, Profile):
         levels = DropLevels(loaded.anatomy, unit or "sublayer")
         return levels, levels_from_decisions(found, levels.unit)
@@ -39,6 +49,136 @@ def read_student(path: str, loaded: LoadedModel, *, unit: Unit | None = None) ->
     return levels, found.levels
 
 
+def read_bank_student(path: str, loaded: LoadedModel, genome: Genome) -> LevelNumbers:
+    """The levels (n,) that a file or run gives the units of a genome; raises ProfileError where they do not fit.
+
+    By their labels, so that a profile of another bank with the same kind of levels serves as well.
+    """
+    found = read_profile(path)
+    if isinstance(found, Profile):
+        if found.kind == "drop":
+            raise ProfileError(f"{path} is a profile of depth pruning, expected one of {genome.kind}")
+        if genome.kind not in (found.kind, "mixed"):  # "3" is a width here and a number of steps there
+            raise ProfileError(f"{path} is a profile of kind {found.kind}, expected one of {genome.kind}")
+        found.check_model(loaded.fingerprint, found.names)
+        labels = _layer_labels(found, genome)
+    elif isinstance(found, Mapping):
+        labels = _of_only_kind(found, genome)
+    else:
+        raise ProfileError(f"{path} is a profile of depth pruning, expected one of {genome.kind}")
+    return levels_from_labels(labels, genome.layer_names, genome.labels)
+
+
+def _of_only_kind(labels: Mapping[str, str], genome: Genome) -> dict[str, str]:
+    """Labels as a genome has them: where it mixes one kind with dropping, "3" can only be that kind's."""
+    kinds = {label.partition(":")[0] for row in genome.labels for label in row if label and label != DROP_LABEL}
+    if genome.kind != "mixed" or len(kinds) > 1:
+        return dict(labels)
+    return {name: label if _is_mixed(label) else f"{next(iter(kinds))}:{label}" for name, label in labels.items()}
+
+
+def _layer_labels(profile: Profile, genome: Genome) -> dict[str, str]:
+    """The label of every layer, whatever units the profile has: name -> label."""
+    mixed = genome.kind == "mixed"
+    names: dict[str, str] = {}
+    of_unit = _layer_names(profile, {name for names in genome.layer_names for name in names})
+    for layer_names, label in zip(of_unit, profile.labels, strict=True):
+        whole = f"{profile.kind}:{label}" if mixed and profile.kind != "mixed" else label
+        names.update(dict.fromkeys(layer_names, whole))
+    return names
+
+
+def _layer_names(profile: Profile, known: Collection[str]) -> list[list[str]]:
+    """The layers of each unit, from the units' names: "a.q_proj+k_proj" is "a.q_proj" and "a.k_proj"."""
+    units = []
+    for name in profile.names:
+        first, *others = name.split("+")
+        parent = first.rpartition(".")[0]
+        units.append([first, *(f"{parent}.{other}" for other in others)])
+    if unknown := [name for names in units for name in names if name not in known]:
+        raise ProfileError(f"the profile has a layer {unknown[0]}, which this model does not have")
+    return units
+
+
+def open_banks(paths: Sequence[str | Path], loaded: LoadedModel) -> tuple[tuple[Layer, ...], list[Bank]]:
+    """The layers of a model and banks of it; raises BankError for one that is damaged or of another model."""
+    layers = read_layers(loaded.model, loaded.anatomy)
+    banks = [Bank.open(path) for path in paths]
+    for bank in banks:
+        bank.check_model(loaded.fingerprint, layers)
+    return layers, banks
+
+
+def genome_of(
+    banks: Mapping[str, tuple[Sequence[BankLayer], Sequence[str]]], unit: str, rest: int, *, drop: bool
+) -> Genome:
+    """The units and levels of banks; `rest` is the number of the model's parameters outside of the layers.
+
+    Banks are layers and labels, by kind. Forms of one bank alone are all there; see `mixed_genome` for more.
+    """
+    if len(banks) == 1 and not drop:
+        ((kind, (layers, labels)),) = banks.items()
+        return bank_genome(layers, labels, kind, unit, rest)
+    return mixed_genome(banks, unit, rest, drop=drop)
+
+
+def parameters_outside(loaded: LoadedModel, layers: Sequence[Layer]) -> int:
+    """Number of a model's parameters outside of the layers; tied ones once."""
+    return sum(p.numel() for p in loaded.model.parameters()) - sum(layer.weights for layer in layers)
+
+
+def read_student(path: str, loaded: LoadedModel, *, banks: Sequence[str] = ()) -> tuple[StudentLevels, LevelNumbers]:
+    """The levels and the profile (n,) in a file or run folder of any kind.
+
+    banks: folders of the banks to take the weights from; () takes those that the profile names, which must be as they
+        were. Raises ProfileError or BankError for a profile or a bank that does not belong to the model.
+    """
+    found = read_profile(path)
+    if not isinstance(found, Mapping) and not (isinstance(found, Profile) and found.kind != "drop"):
+        if banks:
+            raise ProfileError(f"{path} is a profile of depth pruning, which takes no bank")
+        return read_drop_student(path, loaded)
+    folders = [*banks]
+    if not folders and isinstance(found, Profile):
+        folders = [_bank_of(reference, path) for reference in found.banks]
+    if not folders:
+        raise ProfileError(f"{path} names no bank; say with --bank which one holds its levels")
+    layers, opened = open_banks(folders, loaded)
+    if isinstance(found, Profile) and not banks:
+        found.check_banks([bank.fingerprint for bank in opened])
+    unit = found.unit if isinstance(found, Profile) else "layer"
+    mixed = found.kind == "mixed" if isinstance(found, Profile) else any(map(_is_mixed, found.values()))
+    tables = {bank.kind: (bank.layers, bank.labels) for bank in opened}
+    if len(tables) < len(opened):
+        raise BankError(f"expected banks of different kinds, got {len(opened)} of kind {opened[0].kind}")
+    genome = genome_of(tables, unit, parameters_outside(loaded, layers), drop=mixed)
+    levels = BankLevels(loaded, layers, genome, opened)
+    return levels, read_bank_student(path, loaded, genome)
+
+
+def _is_mixed(label: str) -> bool:
+    """Whether a label says of which kind it is: "quantization:3", "drop"."""
+    return label == DROP_LABEL or ":" in label
+
+
+def _run_folder(path: str) -> Path | None:
+    """The run that a profile is of: a run folder, or one that a file lies in."""
+    found = Path(path).resolve()
+    folder = found if found.is_dir() else found.parent
+    return folder if (folder / "run.json").is_file() else None
+
+
+def _bank_of(reference: BankReference, path: str) -> str:
+    """Where a profile's bank is: as it was written down, or beside the run if that was moved."""
+    there = Path(reference.path)
+    moved = (_run_folder(path) or Path(path).resolve()).parent / "banks" / there.name
+    if not there.is_dir() and moved.is_dir():
+        return str(moved)
+    if not there.is_dir():
+        raise BankError(f"the bank of {path} is not at {there} any more; say with --bank where it is")
+    return reference.path
+
+
 @dataclass(frozen=True)
 class EvalRequest:
     """What was asked of `discopt llm eval`."""
@@ -46,6 +186,7 @@ class EvalRequest:
     model: str
     data: str
     profile: str | None = None
+    banks: tuple[str, ...] = ()
     tokens: int | None = None
     sequence_length: int | None = None
     device: str = "auto"
@@ -58,11 +199,12 @@ def evaluate_student(request: EvalRequest, *, quiet: bool) -> dict[str, Any]:
     loaded = load_model(
         request.model, device=request.device, dtype=request.dtype, trust_remote_code=request.trust_remote_code
     )
-    levels = DropLevels(loaded.anatomy)
-    methods = [Method("dense", np.ones(len(levels.units), dtype=np.int16), 0)]
+    levels: StudentLevels = DropLevels(loaded.anatomy)
+    methods: list[Method] = []
     if request.profile is not None:
-        levels, profile = read_student(request.profile, loaded)
-        methods = [Method("dense", np.ones_like(profile), 0), Method(request.profile, profile, 0)]
+        levels, profile = read_student(request.profile, loaded, banks=request.banks)
+        methods = [Method(request.profile, profile, 0)]
+    dense = np.full(len(levels.names), TEACHER, dtype=np.int16)
     text = load_calibration(
         request.data,
         loaded.tokenizer,
@@ -70,7 +212,7 @@ def evaluate_student(request: EvalRequest, *, quiet: bool) -> dict[str, Any]:
         tokens=request.tokens,
         role=_role(request),
     )
-    rows = heldout_rows(Evaluator(loaded, levels), levels, methods, text, quiet=quiet)
+    rows = heldout_rows(Evaluator(loaded, levels), levels, [Method("dense", dense, 0), *methods], text, quiet=quiet)
     for row in rows:
         del row["tokens"]  # nothing was searched
     return {
@@ -84,26 +226,32 @@ def evaluate_student(request: EvalRequest, *, quiet: bool) -> dict[str, Any]:
 def _role(request: EvalRequest) -> Role:
     """The side that no search has seen where the text may have been searched on, else all of it."""
     searched = {"builtin", "fineweb-edu"}
-    if request.profile is not None and Path(request.profile).is_dir():
-        searched.add(RunFolder.open(request.profile).request.get("options", {}).get("calibration"))
+    if request.profile is not None and (run := _run_folder(request.profile)) is not None:
+        searched.add(RunFolder.open(run).request.get("options", {}).get("calibration"))
     return "heldout" if request.data in searched else "all"
 
 
-def sequence_length(loaded: LoadedModel, asked: int | None, default: int) -> int:
-    """Tokens in a sequence: what was asked, else the default or the model's positions, whichever is less.
+class _Replaced(Mapping[str, Tensor]):
+    """The weights that a student has instead of its teacher's, by parameter name; unpacked when asked for."""
 
-    Raises ModelError if the model has fewer positions than were asked for.
-    """
-    positions: int | None = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    if asked is None:
-        return min(default, positions or default)
-    if positions is not None and asked > positions:
-        raise ModelError(f"{loaded.source} has {positions:,} positions, asked for sequences of {asked:,} tokens")
-    return asked
+    def __init__(self, levels: BankLevels, profile: LevelNumbers) -> None:
+        self._levels = levels
+        self._forms = levels.weights(profile)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._levels.parameter(*self._forms[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._forms)
+
+    def __len__(self) -> int:
+        return len(self._forms)
 
 
-def apply_profile(run: Path, out: Path, *, dtype: str, device: str, force: bool, verify: bool) -> CheckpointSummary:
-    """Write the student of a run as a checkpoint."""
+def apply_profile(
+    run: Path, out: Path, *, banks: Sequence[str] = (), dtype: str, device: str, force: bool, verify: bool
+) -> CheckpointSummary:
+    """Write the student of a run as a checkpoint with dense weights."""
     folder = RunFolder.open(run)
     options = folder.request.get("options", {})
     if not folder.has("profile.json") or "model" not in options:
@@ -111,5 +259,21 @@ def apply_profile(run: Path, out: Path, *, dtype: str, device: str, force: bool,
     loaded = load_model(
         options["model"], device=device, dtype=dtype, trust_remote_code=options.get("trust_remote_code", False)
     )
-    levels, profile = read_student(str(run), loaded)
-    return write_checkpoint(loaded, levels.dropped(profile), out, force=force, verify=verify)
+    levels, profile = read_student(str(run), loaded, banks=banks)
+    if not isinstance(levels, BankLevels):
+        return write_checkpoint(loaded, levels.dropped(profile), out, force=force, verify=verify)
+    met = levels.genome.costs.met(profile)
+    words = {
+        "quantization": f"quantized to {met['bits']:.2f} bits on average, stored dense",
+        "sparsity": f"pruned to {met['sparsity']:.1%} zeros, stored dense",
+        "mixed": f"compressed to {met['bpw']:.2f} bits per weight, stored dense",
+    }
+    return write_checkpoint(
+        loaded,
+        levels.dropped(profile),
+        out,
+        replaced=_Replaced(levels, profile),
+        what=words[levels.genome.kind],
+        force=force,
+        verify=verify,
+    )

@@ -328,6 +328,18 @@ def test_tokens_are_rounded_up_to_whole_sequences(tmp_path: Path, tokenizer: Pre
     assert (calibration.tokens, calibration.sequence_length, calibration.source) == (64, 32, source)
 
 
+def test_at_most_takes_less_where_there_is_less(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    source = str(write_txt(tmp_path / "a.txt", ["abcdefghij"]))
+
+    def read(**limits: int) -> str:
+        return decode(load_calibration(source, tokenizer, sequence_length=2, role="all", **limits))
+
+    assert [read(at_most=limit) for limit in (1, 4, 1000)] == ["ab", "abcd", "abcdefghij"]
+    assert read(tokens=6, at_most=2) == "abcdef"
+    with pytest.raises(ValueError, match="at_most must be at least 1 token, or None, got 0"):
+        read(at_most=0)
+
+
 def test_the_remainder_is_dropped(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     source = str(write_txt(tmp_path / "a.txt", ["abcdefghij"]))
     assert decode(load_calibration(source, tokenizer, sequence_length=4, role="all")) == "abcdefgh"

