@@ -188,7 +188,8 @@ class BankSearchRequest(SearchRequest):
 _BASELINES = {
     "uniform": "uniform",
     "random": "random (best of the start candidates)",
-    "additive": "additive (layer errors, exact)",
+    "additive": "additive (layer errors)",
+    "measured": "additive (measured losses)",
 }
 
 
@@ -289,7 +290,7 @@ class BankTask(Task):
         return read_bank_student(path, self.loaded, self.genome)
 
     def heuristics(self, prepared: Prepared, evaluator: Evaluator, *, quiet: bool) -> Heuristics:
-        """Uniform and additive as they are; the best of several random profiles, and of OWL's grid, by measurement."""
+        """Uniform and the additive ones; the best of several random profiles, and of OWL's grid, by measurement."""
         request, space, genome = self.request, self.space, self.genome
         chosen = request.chosen
         sample = prepared.calibration.sample(min(chosen.start_fidelity, prepared.calibration.tokens), request.seed)
@@ -304,6 +305,8 @@ class BankTask(Task):
                 profiles[name] = uniform, 0
             elif name == "additive":
                 profiles[name] = allocation.additive(genome, space), 0
+            elif name == "measured":
+                profiles[name] = measured.additive(genome, space, uniform)
             elif name == "random":
                 rng = np.random.default_rng((request.seed, 1))
                 profiles[name] = measured.best("random profiles", space.random(chosen.start_candidates, rng))

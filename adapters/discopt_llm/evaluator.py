@@ -30,7 +30,7 @@ __all__ = ["TEACHER", "Counts", "Evaluator", "Levels", "Row"]
 
 Row = tuple[int, ...]  # the levels of the units that decide about one block
 
-TEACHER = -1  # the level of every unit in a row that asks for the teacher itself
+TEACHER = -1  # the level of a unit that is as the teacher has it
 _UNTOUCHED: Row = (-1,)  # stands for all rows under which a block passes hidden states on as they are
 
 # More tokens in one call of a block make its matrix products no faster; on a CPU its activations leave the cache.
@@ -123,7 +123,7 @@ class Evaluator:
         A column is the sum of a sequence's losses, scaled so that the mean over columns is the exact mean over
         positions. Rows that are equal, or equal up to some block, are computed once up to there. The order of the rows
         does not matter; who else is in the population, and how the work is cut, change a loss by rounding alone. A
-        row of TEACHER throughout is the teacher as a student of its own. Without a fitness only the blocks are run.
+        unit of level TEACHER is as the teacher has it. Without a fitness only the blocks are run.
         """
         rows = np.asarray(population)
         if rows.ndim != 2 or rows.shape[1] != self._units:
@@ -279,13 +279,10 @@ class _Plan:
     def of(cls, population: NDArray[np.integer], levels: Levels, transparent: Sequence[bool]) -> _Plan:
         """Encode a population (k, n), and the teacher after it."""
         columns, keys, passes = [], [], []
-        dense = (population == TEACHER).all(axis=1)
         for b, units in enumerate(levels.block_units):
-            rows: list[Row | None] = [
-                levels.dense_row(b) if of_teacher else tuple(row)
-                for row, of_teacher in zip(population[:, units].tolist(), dense.tolist(), strict=True)
-            ]
-            rows.append(levels.dense_row(b))
+            dense = levels.dense_row(b)
+            rows: list[Row | None] = [_row(row, dense) for row in population[:, units].tolist()]
+            rows.append(dense)
             runs = {row: 2 if row is None else levels.runs(b, row) for row in set(rows)}
             key_of = {row: _UNTOUCHED if transparent[b] and not runs[row] else row for row in runs}
             found = sorted(set(key_of.values()), key=lambda key: (key is not None, key or ()))
@@ -303,6 +300,15 @@ class _Plan:
         return Counts(
             plain_passes=int(passes[walked].sum()) * tokens, plain_projected=len(walked) * tokens if heads else 0
         )
+
+
+def _row(levels: list[int], dense: Row | None) -> Row | None:
+    """The row of a block; the teacher's levels stand in for TEACHER where they are known."""
+    if all(level == TEACHER for level in levels):
+        return dense
+    if dense is None or TEACHER not in levels:
+        return tuple(levels)
+    return tuple(known if level == TEACHER else level for level, known in zip(levels, dense, strict=True))
 
 
 def _cuts(

@@ -130,9 +130,9 @@ class BankLevels:
         return self._resident.get((layer.index, form), lambda: self.parameter(layer, form))
 
     def _forms(self, block: int, row: Row) -> list[tuple[Layer, Form]]:
-        """The layers of a block that are not dropped, with their forms."""
+        """The layers of a block that are neither dropped nor the teacher's, with their forms."""
         units = self.block_units[block].tolist()
-        forms = [(unit, self._form(unit, level)) for unit, level in zip(units, row, strict=True)]
+        forms = [(unit, self._form(unit, level)) for unit, level in zip(units, row, strict=True) if level != TEACHER]
         return [(self.layers[i], form) for unit, form in forms if form is not None for i in self.genome.layers[unit]]
 
     def _form(self, unit: int, level: int) -> Form | None:
@@ -148,7 +148,8 @@ class BankLevels:
         dropped: set[str] = set()
         for unit, level in zip(self.block_units[block].tolist(), row, strict=True):
             kind = self.genome.sub_block[unit][1]
-            (dropped if self.genome.label(unit, level) == DROP_LABEL else running).add(kind)
+            gone = level != TEACHER and self.genome.label(unit, level) == DROP_LABEL
+            (dropped if gone else running).add(kind)
         if half := running & dropped:
             raise ValueError(f"the layers of {parts[half.pop()].name} must be dropped all together or not at all")
         return [part for kind, part in parts.items() if kind in dropped]

@@ -82,9 +82,8 @@ _SMALL = {
     ),
     "demo": replace(
         DROP_PRESETS["demo"],
-        stages=(Stage(4, 256), Stage(1, 1024)),
-        baseline_tokens=512,
-        generations=12,
+        stages=(Stage(2, 512), Stage(1, 2048)),
+        generations=4,
         bank_tokens=16384,
     ),
 }

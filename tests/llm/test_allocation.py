@@ -13,11 +13,12 @@ import pytest
 from numpy.typing import NDArray
 from torch import Tensor
 
+from discopt.separable import solve_separable
 from discopt.space import SearchSpace
 from discopt_llm.allocation import OWL_SPREADS, Measured, additive, owl, uniform
 from discopt_llm.bank import Bank, BankLayer
 from discopt_llm.budget import Budget
-from discopt_llm.evaluator import Evaluator
+from discopt_llm.evaluator import TEACHER, Evaluator
 from discopt_llm.fitness import KL
 from discopt_llm.genome import DROP_LABEL, Genome, bank_genome, mixed_genome
 from discopt_llm.layers import read_layers
@@ -279,3 +280,38 @@ def test_a_loss_that_is_no_number_is_never_the_best() -> None:
     sample: list[Tensor] = text(4)
     population = np.array([[0], [3], [2]], dtype=np.int16)
     assert Measured(evaluator, sample, KL(), quiet=True).best("x", population)[0].tolist() == [2]
+
+
+def test_units_measured_alone_give_the_exact_minimum_of_a_loss_that_adds_up(bank_of: BankOf) -> None:
+    genome = genome_of("llama", "quantization", bank_of)
+    space = genome.space(bits("2.75"), "size")
+    importance = np.random.default_rng(0).random(genome.n) ** 3
+
+    class Additive:
+        def measure(self, population: NDArray[Any], *_: Any) -> list[NDArray[np.float64]]:
+            known = population != TEACHER
+            losses = np.where(known, importance * genome.errors[np.arange(genome.n), population * known], 0)
+            return [0.5 + losses.sum(axis=1, keepdims=True)]  # a teacher has a loss too, such as its perplexity
+
+    evaluator: Any = Additive()
+    profile, tokens = Measured(evaluator, text(4, 3), KL(), quiet=True).additive(genome, space, uniform(genome, space))
+    loss = importance[:, None] * genome.errors
+    expected = solve_separable(space, loss)
+    units = np.arange(genome.n)
+    assert loss[units, profile].sum() == pytest.approx(loss[units, expected].sum())
+    assert loss[units, profile].sum() < loss[units, additive(genome, space)].sum()
+    assert tokens == (genome.n + 1) * 7
+
+
+def test_a_unit_that_seems_to_cost_nothing_is_not_free(bank_of: BankOf) -> None:
+    genome = genome_of("llama", "quantization", bank_of)
+    space = genome.space(bits("3"), "size")
+
+    class Noisy:
+        def measure(self, population: NDArray[Any], *_: Any) -> list[NDArray[np.float64]]:
+            return [np.where(population[:, :1] != TEACHER, -1.0, (population != TEACHER).sum(axis=1, keepdims=True))]
+
+    evaluator: Any = Noisy()
+    profile, _ = Measured(evaluator, text(4), KL(), quiet=True).additive(genome, space, uniform(genome, space))
+    assert space.is_full(profile)
+    assert profile[0] == 0

@@ -312,7 +312,7 @@ def test_all_rows_keep_to_the_budget(kind: str, request: pytest.FixtureRequest, 
     assert spent["dense"] == spent["uniform"] == spent[known["additive"]] == 0
     assert spent[known["random"]] == 16 * 256
     owl = spent[known["owl"]] if kind == "sparsify" else 0
-    assert spent["evolved"] == results["total_fidelity"] + owl
+    assert spent["evolved"] == results["total_fidelity"] + owl + spent[known["measured"]]
     report = (tmp_path / "run" / "report.md").read_text()
     assert all(name in report for name in rows)
     assert asked.command_line(tmp_path / "run") in report

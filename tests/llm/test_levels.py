@@ -305,13 +305,26 @@ def test_bytes_are_what_the_units_and_the_rest_are_stored_in(bank_of: BankOf) ->
     assert levels.bytes_of(model, np.full(levels.genome.n, TEACHER)) == 2 * model.num_parameters()
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_unit_may_be_as_the_teacher_has_it(family: str, bank_of: BankOf) -> None:
+    levels = bank_levels(family, "quantization", bank_of)
+    population = np.full((3, levels.genome.n), TEACHER, dtype=np.int16)
+    population[0, 2] = population[1, 5:9] = 0
+    sequences = text(12, 7)
+    (found,) = Evaluator(loaded(family), levels).measure(population, sequences, [KL()])
+    (plain,) = reference.plain_losses(loaded(family).model, levels, population, sequences, [reference.kl])
+    np.testing.assert_allclose(found, plain, rtol=2e-5, atol=2e-5)
+    assert found[:2].min() > 1e-4 and found[2].max() < 1e-6
+    assert len(levels.weights(population[0])) == len(levels.genome.layers[2])
+
+
 # -- refusals ------------------------------------------------------------------------------------------------------
 
 
 def test_levels_that_a_unit_does_not_have_are_refused(bank_of: BankOf) -> None:
     levels = bank_levels("llama", "sparsity", bank_of)  # of which the smallest layers lack the outer ones
     middle = np.full(levels.genome.n, 4, dtype=np.int16)
-    for level in (0, 9, TEACHER):
+    for level in (0, 9):
         profile = middle.copy()
         profile[1] = level
         with pytest.raises(ValueError, match=rf"layers\.0\.self_attn\.k_proj, which has no level {level}"):
