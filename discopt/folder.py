@@ -33,6 +33,7 @@ DISTRIBUTION = "discopt-search"  # the name on the package index, where another 
 # What a run may leave behind, the request last: as long as it stands, the folder is known to be a run's.
 ARTEFACTS = (
     "checkpoint.json",
+    "heuristics.json",
     "trace.jsonl",
     "results.json",
     "profile.json",

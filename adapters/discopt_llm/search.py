@@ -140,6 +140,28 @@ class Heuristics:
     tokens: int = 0  # that went into the rivals
     start: LevelNumbers | None = None  # where the search begins; None: as the settings have it
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "methods": [{"name": m.name, "profile": m.profile, "tokens": m.tokens} for m in self.methods],
+            "rivals": [*self.rivals],
+            "tokens": self.tokens,
+            "start": self.start,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], space: SearchSpace) -> Self:
+        """The inverse of `to_dict`; raises RunFolderError for what are no profiles of the space."""
+        try:
+            return cls(
+                methods=tuple(Method(m["name"], space.check(m["profile"]), int(m["tokens"])) for m in data["methods"]),
+                rivals=tuple(space.check(rival) for rival in data["rivals"]),
+                tokens=int(data["tokens"]),
+                start=None if data["start"] is None else space.check(data["start"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunFolderError(f"heuristics.json is damaged: {error}; remove it to measure them again") from error
+
 
 class Task(ABC):
     """One kind of compression of one model, with its budget."""
@@ -327,7 +349,11 @@ def _search(prepared: Prepared, task: Task, folder: RunFolder, *, quiet: bool, g
     request = prepared.request
     given = _given_start(request, task)
     evaluator = Evaluator(prepared.loaded, task.levels)
-    heuristics = task.heuristics(prepared, evaluator, quiet=quiet)
+    if going_on and folder.has("heuristics.json"):
+        heuristics = Heuristics.from_dict(folder.read_json("heuristics.json"), task.space)
+    else:
+        heuristics = task.heuristics(prepared, evaluator, quiet=quiet)
+        folder.write_json("heuristics.json", heuristics.to_dict())
     settings = _settings(request, task, heuristics, given)
     objective = CompressionObjective(evaluator, prepared.calibration, fitness_by_name(request.fitness))
     with ProgressBar(unit="tokens", label="search", quiet=quiet) as bar:

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from discopt import RunFolder, RunFolderError, StopReason
+from discopt_llm.allocation import Measured
 from discopt_llm.bank import Bank, BankWriter
 from discopt_llm.bank_search import (
     BankSearchRequest,
     QuantizeRequest,
+    SparsifyRequest,
     resume_compress,
     resume_quantize,
     resume_sparsify,
@@ -61,6 +63,30 @@ def test_a_bank_is_made_on_what_the_preset_says_and_the_model_can_take(small: di
     calibration = Bank.open(folder).calibration
     assert calibration["sequence_length"] == 128  # the demo's 256 are more than the model's positions
     assert calibration["tokens"] == request.chosen.bank_tokens == 16384
+
+
+# -- heuristics ----------------------------------------------------------------------------------------------------
+
+
+def test_heuristics_are_measured_once(
+    sparsify: SparsifyRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = run(compared(sparsify), tmp_path / "whole")
+    cut = run(replace(compared(sparsify), max_seconds=1e-6), tmp_path / "cut")
+    assert cut["stop"] == StopReason.TIME.value
+    monkeypatch.setattr(Measured, "_losses", None)
+    resumed = resume_sparsify(RunFolder.open(tmp_path / "cut"), quiet=True)
+    assert resumed["rows"] == whole["rows"]
+
+
+def test_damaged_heuristics_are_refused(quantize: QuantizeRequest, tmp_path: Path) -> None:
+    run(replace(compared(quantize), max_seconds=1e-6), tmp_path / "run")
+    folder = RunFolder.open(tmp_path / "run")
+    found = folder.read_json("heuristics.json")
+    for changes in ({"tokens": None}, {"start": [9]}, {"rivals": 3}, {"methods": [{}]}):
+        folder.write_json("heuristics.json", {**found, **changes})
+        with pytest.raises(RunFolderError, match=r"heuristics\.json is damaged: .*; remove it to measure them again"):
+            resume_quantize(folder, quiet=True)
 
 
 # -- a run and its bank, later -------------------------------------------------------------------------------------

@@ -68,6 +68,7 @@ def test_a_run_leaves_its_folder(request_: DropRequest, tmp_path: Path) -> None:
         "run.json",
         "results.json",
         "trace.jsonl",
+        "heuristics.json",
         "checkpoint.json",
         "profile.json",
         "profile.txt",
