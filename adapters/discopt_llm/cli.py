@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
 
-from discopt.console import INTERRUPTED, checked, only_json_on_stdout, terminated_as_interrupted
-from discopt.errors import DiscoptError
+from discopt.console import checked, only_json_on_stdout, terminated_as_interrupted
 from discopt_llm import cli_options as o
-
-if TYPE_CHECKING:
-    from discopt_llm.search import SearchRequest
+from discopt_llm.cli_run import (
+    interrupted,
+    need_llm,
+    parse_blocks,
+    parse_names,
+    parse_widths,
+    print_rows,
+    request_options,
+    run_search,
+    say_unless,
+)
 
 app = typer.Typer(name="llm", no_args_is_help=True, help="Compress a language model by search on its real loss.")
 
@@ -65,10 +70,10 @@ def drop(
 
         discopt llm drop model.gguf --sparsity 0.3 --stage 4@1024 --stage 1@8192 --generations 200 --out runs/g
     """
-    _need_llm()
+    need_llm()
     from discopt_llm.drop_search import DropRequest
 
-    _run_search(ctx, DropRequest, protect=_blocks(protect))
+    run_search(ctx, DropRequest, protect=parse_blocks(protect))
 
 
 @app.command()
@@ -137,15 +142,15 @@ def bank(
 
         discopt llm bank model.gguf --method rtn --bits 2,3,4,8 --symmetric --out banks/rtn
     """
-    _need_llm()
+    need_llm()
     with only_json_on_stdout(as_json), terminated_as_interrupted():
         from discopt_llm.banks import BankRequest, bank_summary, make_bank
 
-        request = checked(lambda: BankRequest(**_options(BankRequest, ctx, bits=_widths(bits, "--bits"))))
+        request = checked(lambda: BankRequest(**request_options(BankRequest, ctx, bits=parse_widths(bits, "--bits"))))
         try:
-            built = make_bank(request, out, force=force, quiet=quiet, say=_say(quiet))
+            built = make_bank(request, out, force=force, quiet=quiet, say=say_unless(quiet))
         except KeyboardInterrupt:
-            _interrupted("the same command, without --force" if force else "the same command")
+            interrupted("the same command, without --force" if force else "the same command")
     summary = bank_summary(built)
     typer.echo(json.dumps(summary.to_dict()) if as_json else summary.sentence)
 
@@ -200,10 +205,10 @@ def quantize(
 
         discopt llm quantize model.gguf --bpw 2.75 --preset demo --group-size 64 --out runs/demo
     """
-    _need_llm()
+    need_llm()
     from discopt_llm.bank_search import QuantizeRequest
 
-    _run_search(ctx, QuantizeRequest, widths=_widths(widths, "--widths"))
+    run_search(ctx, QuantizeRequest, widths=parse_widths(widths, "--widths"))
 
 
 @app.command()
@@ -256,10 +261,10 @@ def sparsify(
 
         discopt llm sparsify ./my-model --sparsity 55% --bank banks/sparse --group name --out runs/named
     """
-    _need_llm()
+    need_llm()
     from discopt_llm.bank_search import SparsifyRequest
 
-    _run_search(ctx, SparsifyRequest)
+    run_search(ctx, SparsifyRequest)
 
 
 @app.command()
@@ -313,10 +318,10 @@ def compress(
 
         discopt llm compress ./my-model --size 120MB --kinds drop,quantization --bank banks/smol --out runs/two
     """
-    _need_llm()
+    need_llm()
     from discopt_llm.bank_search import CompressRequest
 
-    _run_search(ctx, CompressRequest, widths=_widths(widths, "--widths"), kinds=_names(kinds))
+    run_search(ctx, CompressRequest, widths=parse_widths(widths, "--widths"), kinds=parse_names(kinds))
 
 
 @app.command("eval")
@@ -352,7 +357,7 @@ def evaluate(
 
         discopt llm eval ./my-model --profile runs/blocks --data notes.txt --tokens 8192 --json
     """
-    _need_llm()
+    need_llm()
     with only_json_on_stdout(as_json), terminated_as_interrupted():
         from discopt_llm.students import EvalRequest, evaluate_student
 
@@ -360,7 +365,7 @@ def evaluate(
             model, data, profile, tuple(banks or ()), tokens, sequence_length, device, dtype, trust_remote_code
         )
         results = evaluate_student(request, quiet=quiet)
-    _print_rows(results, as_json)
+    print_rows(results, as_json)
 
 
 @app.command("apply")
@@ -390,7 +395,7 @@ def apply_run(
 
         discopt llm apply runs/smol --out models/smol --dtype bfloat16
     """
-    _need_llm()
+    need_llm()
     with only_json_on_stdout(as_json), terminated_as_interrupted():
         from discopt_llm.students import apply_profile
 
@@ -398,88 +403,3 @@ def apply_run(
             run, out, banks=tuple(banks or ()), dtype=dtype, device=device, force=force, verify=verify
         )
     typer.echo(json.dumps(summary.to_dict()) if as_json else summary.sentence)
-
-
-def _need_llm() -> None:
-    missing = [name for name in ("torch", "transformers", "datasets") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise DiscoptError(f"discopt llm needs {', '.join(missing)}: pip install 'discopt-search[llm]'")
-
-
-def _run_search(ctx: typer.Context, kind: type[SearchRequest], **changes: Any) -> None:
-    """Run the search that the options of a command ask for, and print its table."""
-    p = ctx.params
-    with only_json_on_stdout(p["as_json"]), terminated_as_interrupted():
-        from discopt_llm.search import begin
-
-        request = checked(lambda: kind(**_options(kind, ctx, **changes)))
-        try:
-            results = begin(request, p["out"], force=p["force"], quiet=p["quiet"], say=_say(p["quiet"]))
-        except KeyboardInterrupt:  # before or after the search itself, which ends in results of its own
-            if (p["out"] / "run.json").is_file():
-                _interrupted(f"discopt resume {p['out']}")
-            raise
-    _finish_run(results, p["as_json"])
-
-
-def _options(kind: type[Any], ctx: typer.Context, **changes: Any) -> dict[str, Any]:
-    """The options of a command that are fields of a request; `changes` are those that are written otherwise there."""
-    names = {field.name for field in fields(kind)}
-    given = {name: value for name, value in ctx.params.items() if name in names}
-    lists: dict[str, Any] = {name: tuple(given[name] or ()) for name in ("stages", "banks") if name in given}
-    if given.get("baselines") is not None:
-        lists["baselines"] = tuple(name for name in _names(given["baselines"]) if name != "none")
-    return {**given, **lists, **changes}
-
-
-def _names(text: str) -> tuple[str, ...]:
-    """a,b -> ("a", "b")."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _widths(text: str, option: str) -> tuple[int, ...]:
-    """2,3,4 -> (2, 3, 4)."""
-    if not all(part.isdecimal() for part in _names(text)) or not _names(text):
-        raise typer.BadParameter(f"expected bit widths such as 2,3,4, got {text!r}", param_hint=option)
-    return tuple(sorted({int(part) for part in _names(text)}))
-
-
-def _say(quiet: bool) -> Any:
-    return lambda line: None if quiet else typer.echo(line, err=True)
-
-
-def _blocks(text: str) -> tuple[int, ...]:
-    """0,1,28-29 -> (0, 1, 28, 29)."""
-    blocks: list[int] = []
-    for part in filter(None, text.split(",")):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise typer.BadParameter(f"expected blocks such as 0,1,28-29, got {text!r}", param_hint="--protect")
-        blocks += range(int(first), int(last or first) + 1)
-    return tuple(blocks)
-
-
-def _finish_run(results: dict[str, Any], as_json: bool) -> None:
-    from discopt.optimizers import StopReason
-
-    _print_rows(results, as_json)
-    folder = results["folder"]
-    if results["stop"] == StopReason.INTERRUPTED.value:
-        _interrupted(f"discopt resume {folder}")
-    if not as_json:
-        typer.echo(f"\nreport: {folder}/report.md\nwrite the model: discopt llm apply {folder} --out MODEL")
-
-
-def _interrupted(command: str) -> NoReturn:
-    typer.echo(f"interrupted; go on with: {command}", err=True)
-    raise typer.Exit(INTERRUPTED)
-
-
-def _print_rows(results: dict[str, Any], as_json: bool) -> None:
-    from discopt.report import format_rows
-    from discopt_llm.report import shown_rows
-
-    if as_json:
-        typer.echo(json.dumps(results, ensure_ascii=False, allow_nan=False))
-    else:
-        typer.echo(format_rows(shown_rows(results["rows"])))

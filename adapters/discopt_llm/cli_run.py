@@ -1,0 +1,106 @@
+"""What the commands of `discopt llm` do around their one call: options into a request, progress, printing, exits."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+
+from discopt.console import INTERRUPTED, checked, only_json_on_stdout, terminated_as_interrupted
+from discopt.errors import DiscoptError
+
+if TYPE_CHECKING:
+    from discopt_llm.search import SearchRequest
+
+
+def need_llm() -> None:
+    """Raise DiscoptError, saying what to install, if the extra `llm` is not there."""
+    missing = [name for name in ("torch", "transformers", "datasets") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise DiscoptError(f"discopt llm needs {', '.join(missing)}: pip install 'discopt-search[llm]'")
+
+
+def run_search(ctx: typer.Context, kind: type[SearchRequest], **changes: Any) -> None:
+    """Run the search that the options of a command ask for, and print its table."""
+    p = ctx.params
+    with only_json_on_stdout(p["as_json"]), terminated_as_interrupted():
+        from discopt_llm.search import begin
+
+        request = checked(lambda: kind(**request_options(kind, ctx, **changes)))
+        try:
+            results = begin(request, p["out"], force=p["force"], quiet=p["quiet"], say=say_unless(p["quiet"]))
+        except KeyboardInterrupt:  # before or after the search itself, which ends in results of its own
+            if (p["out"] / "run.json").is_file():
+                interrupted(f"discopt resume {p['out']}")
+            raise
+    _finish_run(results, p["as_json"])
+
+
+def request_options(kind: type[Any], ctx: typer.Context, **changes: Any) -> dict[str, Any]:
+    """The options of a command that are fields of a request; `changes` are those that are written otherwise there."""
+    names = {field.name for field in fields(kind)}
+    given = {name: value for name, value in ctx.params.items() if name in names}
+    lists: dict[str, Any] = {name: tuple(given[name] or ()) for name in ("stages", "banks") if name in given}
+    if given.get("baselines") is not None:
+        lists["baselines"] = tuple(name for name in parse_names(given["baselines"]) if name != "none")
+    return {**given, **lists, **changes}
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """a,b -> ("a", "b")."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def parse_widths(text: str, option: str) -> tuple[int, ...]:
+    """2,3,4 -> (2, 3, 4)."""
+    if not all(part.isdecimal() for part in parse_names(text)) or not parse_names(text):
+        raise typer.BadParameter(f"expected bit widths such as 2,3,4, got {text!r}", param_hint=option)
+    return tuple(sorted({int(part) for part in parse_names(text)}))
+
+
+def say_unless(quiet: bool) -> Callable[[str], None]:
+    """Lines for people, on stderr."""
+    return lambda line: None if quiet else typer.echo(line, err=True)
+
+
+def parse_blocks(text: str) -> tuple[int, ...]:
+    """0,1,28-29 -> (0, 1, 28, 29)."""
+    blocks: list[int] = []
+    for part in filter(None, text.split(",")):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise typer.BadParameter(f"expected blocks such as 0,1,28-29, got {text!r}", param_hint="--protect")
+        blocks += range(int(first), int(last or first) + 1)
+    return tuple(blocks)
+
+
+def _finish_run(results: dict[str, Any], as_json: bool) -> None:
+    from discopt.optimizers import StopReason
+
+    print_rows(results, as_json)
+    folder = results["folder"]
+    if results["stop"] == StopReason.INTERRUPTED.value:
+        interrupted(f"discopt resume {folder}")
+    if not as_json:
+        typer.echo(f"\nreport: {folder}/report.md\nwrite the model: discopt llm apply {folder} --out MODEL")
+
+
+def interrupted(command: str) -> NoReturn:
+    """Say how to go on, and end as after Ctrl-C."""
+    typer.echo(f"interrupted; go on with: {command}", err=True)
+    raise typer.Exit(INTERRUPTED)
+
+
+def print_rows(results: dict[str, Any], as_json: bool) -> None:
+    """The table, or all of the results as JSON."""
+    from discopt.report import format_rows
+    from discopt_llm.report import shown_rows
+
+    if as_json:
+        typer.echo(json.dumps(results, ensure_ascii=False, allow_nan=False))
+    else:
+        typer.echo(format_rows(shown_rows(results["rows"])))
