@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
 CORE = 32  # variables beside one per unit in the first core
-TIGHTENINGS = 8  # times that a budget is lowered because the solver's tolerance let a profile pass over it
+CUTS = 16  # profiles over the budget, let through by the solver's tolerance, that are forbidden one by one
+TIGHTENINGS = 64  # times that the budget is lowered after that, by twice as much each time
 LOSS_SCALE = 1e3  # of a unit's losses for the solver, whose tolerances are absolute
 COST_SCALE = 2**10
 MARGIN = 1e-6  # of the relaxation's loss
@@ -40,20 +41,24 @@ def solve_separable(space: SearchSpace, loss: ArrayLike) -> Levels:
         unit = int(np.flatnonzero(~possible.any(axis=1))[0])
         raise ValueError(f"every unit needs an allowed level of finite loss, got none for unit {space.names[unit]!r}")
     program = _Program.of(space, table, possible)
-    for _ in range(TIGHTENINGS):
+    spare = program.spare
+    for attempt in range(CUTS + TIGHTENINGS):
         chosen = _optimum(program)
-        over = program.cost[:, chosen].sum(axis=1) - program.spare
+        over = program.cost[:, chosen].sum(axis=1) - spare
         if (over <= 0).all():
             profile = np.zeros(space.n, dtype=np.int16)
             profile[program.unit[chosen]] = program.level[chosen]
             return space.check(profile)
-        program = replace(program, spare=program.spare - np.maximum(over, 0))
+        if attempt < CUTS:
+            program = program.without(chosen)
+        else:
+            program = replace(program, spare=spare - (np.maximum(over, 0) << min(attempt - CUTS, 32)))
     raise ArithmeticError(f"the integer program's answers stay over the budget, at last by {over.tolist()}")
 
 
 @dataclass(frozen=True, eq=False)
 class _Program:
-    """min loss' x over binary x (v,) with ones x = 1, cost x <= spare and ties x = 0."""
+    """min loss' x over binary x (v,) with ones x = 1, cost x <= spare, ties x = 0 and cuts x <= n - 1."""
 
     unit: NDArray[np.intp]  # (v,)
     level: NDArray[np.intp]  # (v,)
@@ -62,6 +67,7 @@ class _Program:
     spare: Ints  # (r,)
     ones: csr_array  # (n, v) one level for each unit
     ties: csr_array  # (t, v) neighbours in a bundle are at their lowest level both or neither
+    cuts: csr_array  # (c, v) the variables of a profile that is forbidden
 
     @classmethod
     def of(cls, space: SearchSpace, table: NDArray[np.float64], possible: NDArray[np.bool_]) -> _Program:
@@ -85,13 +91,26 @@ class _Program:
             spare=(space.budget - space.cost_of(lowest[None])[0]) // common,
             ones=csr_array((np.ones(len(unit)), (unit, np.arange(len(unit)))), shape=(space.n, len(unit))),
             ties=is_low[one] - is_low[other],
+            cuts=csr_array((0, len(unit))),
         )
 
     @property
-    def limits(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """The costs and what they may come to, scaled for the solver: (r, v), (r,)."""
+    def limits(self) -> tuple[csr_array, NDArray[np.float64]]:
+        """What must not be passed, costs scaled for the solver: (r + c, v), (r + c,)."""
+        from scipy.sparse import csr_array, vstack
+
         scale = COST_SCALE / np.maximum(self.cost.max(axis=1), 1)
-        return self.cost * scale[:, None], self.spare * scale
+        rows = vstack([csr_array(self.cost * scale[:, None]), self.cuts], format="csr")
+        return rows, np.append(self.spare * scale, np.full(self.cuts.shape[0], self.ones.shape[0] - 1))
+
+    def without(self, chosen: NDArray[np.intp]) -> _Program:
+        """The program that forbids the profile of these variables, (n,)."""
+        from scipy.sparse import csr_array, vstack
+
+        cut = csr_array(
+            (np.ones(len(chosen)), (np.zeros(len(chosen), dtype=np.intp), chosen)), shape=(1, len(self.unit))
+        )
+        return replace(self, cuts=vstack([self.cuts, cut], format="csr"))
 
     def only(self, core: NDArray[np.bool_]) -> _Program:
         """The program with the other variables at 0."""
@@ -103,6 +122,7 @@ class _Program:
             cost=self.cost[:, core],
             ones=self.ones[:, core],
             ties=self.ties[:, core],
+            cuts=self.cuts[:, core],
         )
 
 

@@ -29,6 +29,14 @@ def test_it_is_the_best_of_all_profiles(data: st.DataObject) -> None:
     assert loss[np.arange(space.n), x].sum() == pytest.approx(losses[np.isfinite(losses)].min(), rel=1e-9)
 
 
+def test_a_profile_over_the_budget_by_less_than_the_solvers_tolerance_is_passed_over() -> None:
+    space = SearchSpace.build([[700346781657, 996980410459, 1042031276457]], 1042031276456)
+    assert solve_separable(space, np.array([[2.0, 5.2, 1.9]])).tolist() == [0]
+    cost = 10**12 + np.arange(40)[:, None] * np.array([[0, 1]])  # every unit's upper level by itself is over it
+    space = SearchSpace.build(cost, int(cost[:, 0].sum()))
+    assert solve_separable(space, np.tile([1.0, 0.0], (40, 1))).tolist() == [1] + [0] * 39
+
+
 def test_budgets_hold_exactly_where_costs_are_large() -> None:
     rng = np.random.default_rng(0)
     cost = rng.integers(1, 2**40, (1, 12, 4)).cumsum(axis=2)

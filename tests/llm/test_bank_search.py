@@ -360,6 +360,7 @@ def test_a_run_leaves_its_folder(kind: str, request: pytest.FixtureRequest, tmp_
         "run.json",
         "results.json",
         "trace.jsonl",
+        "heuristics.json",
         "checkpoint.json",
         "profile.json",
         "profile.txt",
