@@ -26,7 +26,6 @@ from discopt_llm.profile_text import (
     DROP_WORDS,
     LABEL_PATTERNS,
     Decisions,
-    Known,
     LayerLabels,
     decisions_from_levels,
     decisions_from_text,
@@ -38,8 +37,6 @@ from discopt_llm.profile_text import (
     short,
     text_from_decisions,
     text_from_labels,
-    write_decisions,
-    write_labels,
 )
 
 __all__ = [
@@ -59,8 +56,6 @@ __all__ = [
     "read_profile",
     "text_from_decisions",
     "text_from_labels",
-    "write_decisions",
-    "write_labels",
 ]
 
 FORMAT = "discopt-profile"
@@ -172,17 +167,6 @@ class Profile:
                     f"the profile's levels come from the bank {' '.join(bank.path.split())}, which differs from this "
                     f"one (fingerprint {bank.fingerprint[:12]}, here {fingerprint[:12]})"
                 )
-
-    def check_labels(self, known: Known) -> None:
-        """Raise ProfileError unless the levels stand for what the labels say; `known` (n, m) are the banks' labels."""
-        if len(known) != len(self.names):
-            raise ValueError(f"expected labels of the levels of {len(self.names)} units, got of {len(known)}")
-        for unit, label in enumerate(self.labels):
-            name, level, row = self.names[unit], int(self.levels[unit]), known[unit]
-            expected = row[level] if level < len(row) else None
-            if expected != label:
-                has = "has no such level" if expected is None else f"calls it {short(expected)}"
-                raise ProfileError(f"level {level} of {short(name)} is labelled {short(label)}, but the bank {has}")
 
     def to_json(self) -> str:
         """The file's content, a line for each unit."""

@@ -13,7 +13,6 @@ target. Where kinds are mixed, which the official code does not do, it is `quant
 
 from __future__ import annotations
 
-import os
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from discopt.folder import write_atomic
 from discopt.space import Levels
 from discopt_llm.errors import ProfileError
 
@@ -43,8 +41,6 @@ __all__ = [
     "short",
     "text_from_decisions",
     "text_from_labels",
-    "write_decisions",
-    "write_labels",
 ]
 
 Decisions = NDArray[np.bool_]  # (blocks, 2): attention dropped, MLP dropped
@@ -82,11 +78,6 @@ def text_from_decisions(decisions: ArrayLike) -> str:
     return "".join(f"{words[attention, mlp]}\n" for attention, mlp in _check_decisions(decisions).tolist())
 
 
-def write_decisions(path: str | os.PathLike[str], decisions: ArrayLike) -> None:
-    """Write drop decisions as text, whole or not at all; raises RunFolderError if it cannot be written."""
-    write_atomic(path, text_from_decisions(decisions))
-
-
 def labels_from_text(text: str, where: str = "profile") -> LayerLabels:
     """Parse `layer.name: label` lines; raises ProfileError, beginning with `where`, if they are malformed."""
     labels: LayerLabels = {}
@@ -118,11 +109,6 @@ def text_from_labels(labels: Mapping[str, str]) -> str:
         if not _is_label(label):
             raise ValueError(f"the label of {name} must be such as 3, -2, drop or quantization:3, got {short(label)}")
     return "".join(f"{name}: {label}\n" for name, label in labels.items())
-
-
-def write_labels(path: str | os.PathLike[str], labels: Mapping[str, str]) -> None:
-    """Write `layer.name: label` lines, whole or not at all; raises RunFolderError if they cannot be written."""
-    write_atomic(path, text_from_labels(labels))
 
 
 def number_of_units(blocks: int, unit: str) -> int:

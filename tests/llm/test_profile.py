@@ -510,21 +510,6 @@ def test_a_profile_of_other_banks_is_refused_with_the_difference(fingerprints: l
         make_banked().check_banks(fingerprints)
 
 
-def test_levels_must_stand_for_what_the_labels_say() -> None:
-    known = [["drop", None], ["drop", "sparsity:4", "quantization:3"], [*["drop"] * 5, "sparsity:-2"]]
-    make_banked().check_labels(known)
-    make().check_labels([["drop", "keep"]] * 4)  # a profile without labels says nothing else
-    known[1][2] = "quantization:4"
-    with pytest.raises(
-        ProfileError, match=r"level 2 of 'k_proj' is labelled 'quantization:3', .* calls it 'quantiz.*4'"
-    ):
-        make_banked().check_labels(known)
-    with pytest.raises(ProfileError, match="level 5 of 'up_proj' is labelled 'sparsity:-2', but the bank has no such"):
-        make_banked().check_labels([known[0], ["drop", "drop", "quantization:3"], ["drop"]])
-    with pytest.raises(ValueError, match="of the levels of 3 units, got of 1"):
-        make_banked().check_labels(known[:1])
-
-
 def test_everything_public_is_listed() -> None:
     assert len(profile_module.__all__) == len(set(profile_module.__all__))
     assert all(hasattr(profile_module, name) for name in profile_module.__all__)

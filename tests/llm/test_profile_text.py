@@ -25,8 +25,6 @@ from discopt_llm.profile_text import (
     number_of_units,
     text_from_decisions,
     text_from_labels,
-    write_decisions,
-    write_labels,
 )
 
 OFFICIAL = "none\nattn\nmlp\nattn+mlp\n"
@@ -56,8 +54,7 @@ RUNTIME = [*LAYERS[:2], (*LAYERS[2], *LAYERS[3]), LAYERS[4]]
 def test_the_text_format_says_what_is_dropped_in_each_block(tmp_path: Path) -> None:
     assert np.array_equal(decisions_from_text(OFFICIAL), DECISIONS)
     assert text_from_decisions(DECISIONS) == OFFICIAL
-    write_decisions(tmp_path / "layer_drop_config.txt", DECISIONS)
-    assert (tmp_path / "layer_drop_config.txt").read_bytes() == OFFICIAL.encode()
+    (tmp_path / "layer_drop_config.txt").write_text(text_from_decisions(DECISIONS))
     back = read_profile(tmp_path / "layer_drop_config.txt", blocks=4)
     assert not isinstance(back, Profile)
     assert np.array_equal(back, DECISIONS)
@@ -167,8 +164,7 @@ def test_the_official_lines_give_each_layer_its_label(tmp_path: Path) -> None:
     assert back == LABELS
     assert isinstance(back, dict)
     assert list(back) == list(LABELS)  # in the order of the file
-    write_labels(path, back)
-    assert path.read_text() == OFFICIAL_LABELS + "\n"
+    assert text_from_labels(back) == OFFICIAL_LABELS + "\n"
 
 
 @pytest.mark.parametrize(
