@@ -12,7 +12,16 @@ if TYPE_CHECKING:
     from discopt.errors import BudgetError, DiscoptError, ObjectiveError, RunFolderError
     from discopt.folder import RunFolder
     from discopt.objective import Objective, Query, as_objective
-    from discopt.optimizers import EvoPress, EvoPressSettings, Measurement, Optimizer, RandomSearch, Stage, StopReason
+    from discopt.optimizers import (
+        EvoPress,
+        EvoPressSettings,
+        Measurement,
+        Optimizer,
+        Plan,
+        RandomSearch,
+        Stage,
+        StopReason,
+    )
     from discopt.problem import Problem
     from discopt.run import Limits, Progress, Result, minimize
     from discopt.separable import solve_separable
@@ -28,6 +37,7 @@ __all__ = [
     "Objective",
     "ObjectiveError",
     "Optimizer",
+    "Plan",
     "Problem",
     "Progress",
     "Query",
@@ -47,7 +57,7 @@ _HOMES = {
     "errors": "BudgetError DiscoptError ObjectiveError RunFolderError",
     "folder": "RunFolder",
     "objective": "Objective Query as_objective",
-    "optimizers": "EvoPress EvoPressSettings Measurement Optimizer RandomSearch Stage StopReason",
+    "optimizers": "EvoPress EvoPressSettings Measurement Optimizer Plan RandomSearch Stage StopReason",
     "problem": "Problem",
     "run": "Limits Progress Result minimize",
     "separable": "solve_separable",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from discopt.errors import DiscoptError, ObjectiveError, RunFolderError
 from discopt.folder import RunFolder, request_of
 from discopt.loading import Loaded, explain, load_problem, split_target
-from discopt.optimizers import EvoPress, EvoPressSettings, RandomSearch, Stage, StopReason
+from discopt.optimizers import EvoPress, EvoPressSettings, Plan, RandomSearch, Stage, StopReason
 from discopt.plots import plot_trace
 from discopt.progress import ProgressBar
 from discopt.report import option_words, profile_lines, solve_report
@@ -100,13 +100,9 @@ class SolveRequest:
     def optimizer(self, space: SearchSpace) -> Optimizer:
         """Random search draws what the generations would have measured, at the last stage's fidelity."""
         if self.algorithm == "random":
-            return RandomSearch(
-                space,
-                evaluations=self.generations * self.offspring,
-                batch=self.offspring,
-                fidelity=self.settings().stages[-1].fidelity,
-                seed=self.seed,
-            )
+            fidelity = self.settings().stages[-1].fidelity
+            plan = Plan(self.generations * self.offspring, self.offspring, fidelity)
+            return RandomSearch(space, plan, seed=self.seed)
         return EvoPress(space, self.settings(), seed=self.seed)
 
     def command_line(self, out: Path | None) -> str:

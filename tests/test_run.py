@@ -15,6 +15,7 @@ from discopt import (
     ObjectiveError,
     Progress,
     Query,
+    Plan,
     RandomSearch,
     Result,
     RunFolder,
@@ -230,7 +231,7 @@ def test_random_search_returns_the_best_it_saw_and_resumes(tmp_path: Path) -> No
             return watched(query)
 
     def search() -> RandomSearch:
-        return RandomSearch(SPACE, evaluations=50, batch=8, seed=3)
+        return RandomSearch(SPACE, Plan(evaluations=50, batch=8), seed=3)
 
     whole = minimize(Watched(), SPACE, optimizer=search())
     assert len(seen) == 50

@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from discopt import EvoPress, EvoPressSettings, Limits, RandomSearch, Stage, minimize
+from discopt import EvoPress, EvoPressSettings, Limits, Plan, RandomSearch, Stage, minimize
 from discopt.problems import (
     coverage,
     feature_selection,
@@ -60,7 +60,7 @@ def evopress(space, fidelity, seed, *, offspring=8, parents=1):
 OPTIMIZERS = {
     "evopress (1+8)": evopress,
     "evopress (4+16)": lambda *which: evopress(*which, offspring=16, parents=4),
-    "random": lambda space, fidelity, seed: RandomSearch(space, evaluations=200, fidelity=fidelity, seed=seed),
+    "random": lambda space, fidelity, seed: RandomSearch(space, Plan(evaluations=200, fidelity=fidelity), seed=seed),
 }
 BASELINES = {"random"}  # not expected to reach an optimum
 
