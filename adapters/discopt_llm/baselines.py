@@ -1,7 +1,10 @@
-"""Depth-pruning baselines: scores of the dense model's own hidden states, turned into profiles of the same space.
+"""Depth-pruning baselines: scores of units and blocks, turned into profiles of the same space.
 
 ShortGPT's block influence (Men et al., 2024, arXiv 2403.03853) is 1 - cosine of a block's input and output; the
 window rule (Gromov et al., 2024, arXiv 2403.17887) drops the consecutive run of blocks whose ends are most alike.
+Weight subcloning's norm ratio (Samragh et al., 2023, arXiv 2312.09299) is how long what a block adds is, beside its
+output. These look at the dense model's own hidden states. Shortened LLaMA (Kim et al., 2024, arXiv 2402.02834)
+measures the perplexity that is left without a block.
 """
 
 from __future__ import annotations
@@ -104,6 +107,40 @@ def unit_windows(similarity: Similarity, levels: DropLevels, space: SearchSpace,
                 break
     runs.sort(key=lambda run: -run[0])
     return [profile for _, profile in runs[:count]]
+
+
+@torch.inference_mode()
+def norm_ratios(
+    loaded: LoadedModel, sequences: Sequence[Tensor], levels: DropLevels, done: Callable[[], None] | None = None
+) -> NDArray[np.float64]:
+    """Mean of ‖out - in‖ / ‖out‖ over tokens for the blocks of every unit, (n,); of whole blocks, as published.
+
+    `done` is called after every sequence.
+    """
+    first = [2 * blocks[0] for blocks in levels.blocks_of]
+    last = [2 * blocks[-1] + 2 for blocks in levels.blocks_of]
+    total = np.zeros(len(levels.units))
+    for sequence in sequences:
+        places = _stream(loaded, sequence).float()
+        ratio = (places[last] - places[first]).norm(dim=-1) / places[last].norm(dim=-1)  # (n, L)
+        total += ratio.double().sum(dim=-1).cpu().numpy()
+        if done is not None:
+            done()
+    if not sequences:
+        raise ValueError("norm ratios need at least one sequence, got none")
+    return total / sum(len(sequence) for sequence in sequences)
+
+
+def without_unit(levels: DropLevels) -> Levels:
+    """Each unit dropped alone: (n, n), a row for each."""
+    n = len(levels.units)
+    return (1 - np.eye(n)).astype(np.int16)
+
+
+def without_block(levels: DropLevels) -> Levels:
+    """The blocks of each unit dropped alone, both sub-blocks of a block: (n, n), a row for each unit."""
+    blocks_of = levels.blocks_of
+    return np.array([[int(others != blocks) for others in blocks_of] for blocks in blocks_of], dtype=np.int16)
 
 
 def drop_lowest(space: SearchSpace, score: NDArray[np.float64]) -> Levels:

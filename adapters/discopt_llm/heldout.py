@@ -48,16 +48,30 @@ class Method:
     tokens: int  # spent searching
 
 
-def heldout_rows(
-    evaluator: Evaluator, levels: StudentLevels, methods: Sequence[Method], heldout: Calibration, *, quiet: bool = False
-) -> list[dict[str, Any]]:
-    """A table row for every method: `method`, `kl`, `kl_error`, `perplexity`, `agreement`, `tokens`, `bytes`.
+@dataclass(frozen=True, eq=False)
+class HeldoutScores:
+    """What profiles lose on each sequence of held-out text, (k, s): means over the positions of a sequence."""
 
-    KL to the teacher is in nats per token, `kl_error` its standard error over sequences, `agreement` the share of
-    positions where teacher and student find the same token likeliest, `tokens` what the search for the profile
-    spent, and `bytes` what the student takes.
-    """
-    population = np.stack([method.profile for method in methods])
+    kl: NDArray[np.float64]  # to the teacher, nats per token
+    nll: NDArray[np.float64]  # nats per token
+    disagreement: NDArray[np.float64]  # share of positions
+
+    @property
+    def kl_error(self) -> NDArray[np.float64]:
+        """Standard error of the mean KL over sequences, (k,); NaN for a single one."""
+        return standard_error(self.kl)
+
+
+def standard_error(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of means over the last axis: (..., s) -> (...); NaN for a single value."""
+    count = values.shape[-1]
+    return values.std(axis=-1, ddof=1) / math.sqrt(count) if count > 1 else np.full(values.shape[:-1], np.nan)
+
+
+def heldout_scores(
+    evaluator: Evaluator, population: LevelNumbers, heldout: Calibration, *, quiet: bool = False
+) -> HeldoutScores:
+    """Measure profiles (k, n) on all of the held-out text."""
     sequences = list(heldout.sequences)
     parts = []
     with task("held-out text", len(sequences), unit="sequences", quiet=quiet) as progress:
@@ -66,8 +80,28 @@ def heldout_rows(
             parts.append(evaluator.measure(population, batch, MEASURES))
             progress.advance(len(batch))
     # Sequences are equally long, so each column is its sequence's mean.
-    kl, nll, disagreement = (np.concatenate(columns, axis=1) for columns in zip(*parts, strict=True))
-    error = kl.std(axis=1, ddof=1) / math.sqrt(kl.shape[1]) if kl.shape[1] > 1 else np.full(len(kl), np.nan)
+    return HeldoutScores(*(np.concatenate(columns, axis=1) for columns in zip(*parts, strict=True)))
+
+
+def heldout_rows(
+    evaluator: Evaluator, levels: StudentLevels, methods: Sequence[Method], heldout: Calibration, *, quiet: bool = False
+) -> list[dict[str, Any]]:
+    """A table row for every method, measured on held-out text; see `score_rows`."""
+    population = np.stack([method.profile for method in methods])
+    return score_rows(heldout_scores(evaluator, population, heldout, quiet=quiet), evaluator.model, levels, methods)
+
+
+def score_rows(
+    scores: HeldoutScores, model: nn.Module, levels: StudentLevels, methods: Sequence[Method]
+) -> list[dict[str, Any]]:
+    """A table row for every method: `method`, `kl`, `kl_error`, `perplexity`, `agreement`, `tokens`, `bytes`.
+
+    KL to the teacher is in nats per token, `kl_error` its standard error over sequences, `agreement` the share of
+    positions where teacher and student find the same token likeliest, `tokens` what the search for the profile
+    spent, and `bytes` what the student takes.
+    """
+    kl, nll, disagreement = scores.kl, scores.nll, scores.disagreement
+    error = scores.kl_error
     return [
         {
             "method": method.name,
@@ -76,7 +110,7 @@ def heldout_rows(
             "perplexity": _number(np.exp(min(nll[i].mean(), MOST_NLL))),
             "agreement": _number(1 - disagreement[i].mean()),
             "tokens": method.tokens,
-            "bytes": levels.bytes_of(evaluator.model, method.profile),
+            "bytes": levels.bytes_of(model, method.profile),
         }
         for i, method in enumerate(methods)
     ]

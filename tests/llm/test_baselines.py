@@ -64,6 +64,41 @@ def test_the_place_inside_a_block_is_before_its_mlp() -> None:
     assert alike[2, 3] == pytest.approx(torch.cosine_similarity(*seen, dim=-1).mean().item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("unit", ["sublayer", "block", "pair"])
+def test_norm_ratios_are_those_of_the_models_own_hidden_states(family: str, unit: str) -> None:
+    loaded = load(family)
+    levels = DropLevels(loaded.anatomy, unit)
+    ratios = []
+    for sequence in SEQUENCES:
+        ends = block_ends(loaded, sequence)
+        ends[0] = ends[0].reshape(ends[1].shape)
+        of_units = [
+            [
+                float((after - before).norm() / after.norm())
+                for before, after in zip(ends[blocks[0]][0], ends[blocks[-1] + 1][0], strict=True)
+            ]
+            for blocks in levels.blocks_of
+        ]
+        ratios.append(np.array(of_units))
+    found = baselines.norm_ratios(loaded, SEQUENCES, levels)
+    assert found == pytest.approx(np.concatenate(ratios, axis=1).mean(axis=1), rel=1e-4)
+
+
+def test_norm_ratios_need_a_sequence() -> None:
+    loaded = load("llama")
+    with pytest.raises(ValueError, match="at least one sequence, got none"):
+        baselines.norm_ratios(loaded, (), DropLevels(loaded.anatomy))
+
+
+def test_units_and_blocks_are_removed_one_at_a_time(anatomy: object) -> None:
+    sublayers, pairs = DropLevels(anatomy, "sublayer"), DropLevels(anatomy, "pair")
+    assert baselines.without_unit(sublayers).tolist() == (1 - np.eye(8)).tolist()
+    blocks = baselines.without_block(sublayers)
+    assert [np.flatnonzero(row == 0).tolist() for row in blocks] == [[i // 2 * 2, i // 2 * 2 + 1] for i in range(8)]
+    assert baselines.without_block(pairs).tolist() == [[0, 1], [1, 0]]
+
+
 def chain(influence: list[float]) -> np.ndarray:
     """A similarity whose neighbouring places have these influences, by angles that add up."""
     angles = np.cumsum([0.0, *np.arccos(1 - np.array(influence))])

@@ -1,0 +1,81 @@
+"""What a search remembers of the profiles it has measured."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from discopt.optimizers.base import pack, unpack
+from discopt.space import Levels
+
+Floats = NDArray[np.float64]
+
+CELLS = 1 << 24  # levels kept, at most
+LEAST, MOST = 64, 4096  # profiles kept
+DIGEST = 8  # bytes that a profile is recognised by
+
+
+class Archive:
+    """Profiles with the loss estimated for each, the best and the latest of them once there are too many.
+
+    Which profiles were ever measured is remembered for good.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.capacity = int(np.clip(CELLS // n, LEAST, MOST))
+        self.profiles: Levels = np.empty((0, n), dtype=np.int16)
+        self.losses: Floats = np.empty(0)  # lower is better
+        self.variances: Floats = np.empty(0)  # of the losses' errors
+        self._seen: set[bytes] = set()
+
+    def add(self, profiles: Levels, losses: Floats, variances: Floats) -> None:
+        """Take in profiles (k, n) with losses (k,) and variances (k,); those not finite are only remembered."""
+        self.remember(profiles)
+        finite = np.isfinite(losses)
+        self.profiles = np.concatenate([self.profiles, profiles[finite]])
+        self.losses = np.append(self.losses, losses[finite])
+        self.variances = np.append(self.variances, variances[finite])
+        if len(self.losses) > self.capacity:
+            kept = self.chosen(self.capacity * 3 // 4)
+            self.profiles, self.losses, self.variances = self.profiles[kept], self.losses[kept], self.variances[kept]
+
+    def remember(self, profiles: Levels) -> None:
+        """Never propose these (k, n) again."""
+        self._seen.update(map(_digest, profiles))
+
+    def new(self, profiles: Levels) -> NDArray[np.bool_]:
+        """Which of the profiles (k, n) were not measured, nor come earlier among them, (k,)."""
+        fresh, among = np.zeros(len(profiles), dtype=bool), set()
+        for row, digest in enumerate(map(_digest, profiles)):
+            fresh[row] = digest not in self._seen and digest not in among
+            among.add(digest)
+        return fresh
+
+    def ranked(self) -> NDArray[np.intp]:
+        """Rows from the best on; of equally good ones the latest first, so that plateaus are crossed."""
+        return np.lexsort((-np.arange(len(self.losses)), self.losses))
+
+    def chosen(self, count: int) -> NDArray[np.intp]:
+        """The best rows and the latest, half and half, oldest first: at most `count`."""
+        if count >= len(self.losses):
+            return np.arange(len(self.losses))
+        best = self.ranked()[: count // 2]
+        return np.union1d(best, np.arange(len(self.losses) - (count - len(best)), len(self.losses)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        arrays = {name: pack(getattr(self, name)) for name in ("profiles", "losses", "variances")}
+        return {**arrays, "seen": pack(np.frombuffer(b"".join(sorted(self._seen)), dtype=np.uint8))}
+
+    def restore(self, values: dict[str, Any]) -> None:
+        """Take back what `to_dict` gave."""
+        self.profiles, self.losses, self.variances = (unpack(values[k]) for k in ("profiles", "losses", "variances"))
+        seen = unpack(values["seen"]).tobytes()
+        self._seen = {seen[first : first + DIGEST] for first in range(0, len(seen), DIGEST)}
+
+
+def _digest(profile: Levels) -> bytes:
+    return hashlib.blake2b(profile.tobytes(), digest_size=DIGEST).digest()

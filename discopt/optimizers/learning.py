@@ -1,0 +1,391 @@
+"""A search that learns a model of the loss from all it measures, and proposes where that expects most.
+
+Candidates of a generation come from four sources: descents on draws from the model (`discopt.surrogate`) within a
+trust region; crossover of the best profiles, and level switches of them, both screened by the model; and the merged
+changes of siblings that all beat their parent. A source gets as many candidates as its own have lately been worth.
+Where measurements are noisy, a generation is a race against the incumbent (`discopt.racing`) whose last round is
+fresh data, and the search ends with a choice among its best, the uniform profile and the rivals on data that it has
+not seen. What earned its place, and by how much, is in docs/algorithms.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from discopt import proposals
+from discopt.archive import Archive
+from discopt.objective import Losses, Query, mean_loss
+from discopt.optimizers.base import Measurement, StopReason, check_answer, pack, pack_query, unpack, unpack_query
+from discopt.optimizers.evopress import MAX_SEED
+from discopt.optimizers.plan import Plan
+from discopt.racing import Race
+from discopt.space import Levels, SearchSpace
+from discopt.surrogate import Shape, Surrogate, best_shape
+
+SOURCES = ("descent", "crossover", "switch", "merge")
+_START, _SEARCH, _CHOICE = "start", "search", "choice"  # what a query is for
+
+
+@dataclass(frozen=True)
+class LearningSettings:
+    """What can be set beside the plan.
+
+    `rivals` are profiles found by whatever means, that the start has to beat and that compete again at the end.
+    """
+
+    rivals: tuple[tuple[int, ...], ...] = ()
+    first: int | None = None  # fidelity of a race's first round; None: an eighth of the plan's
+    candidates: int = 8  # random profiles to begin with
+    choice: float = 0.1  # share of the budget for the final choice, where measurements are noisy
+    model_rows: int = 400  # measurements that the model is made of, at most
+    model_cells: int = 1 << 22  # and their levels in all; a space where fewer than 64 fit gets no model
+    elite: int = 128  # profiles that are crossed
+    temperature: float = 0.3  # of the model's draws; 1 is Thompson sampling
+    radius: float = 16.0  # of the trust region to begin with, in units
+
+    def __post_init__(self) -> None:
+        for name in ("candidates", "model_rows", "model_cells", "elite"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.first is not None and self.first < 1:
+            raise ValueError(f"first must be at least 1, got {self.first}")
+        if not 0 <= self.choice < 1:
+            raise ValueError(f"choice must be a share below 1, got {self.choice}")
+        if self.temperature < 0 or self.radius < 1:
+            raise ValueError(
+                f"temperature must not be negative and radius at least 1, got {self.temperature}, {self.radius}"
+            )
+
+
+class Learning:
+    """The search as an ask/tell optimizer; one ask/tell turn is one round of a generation."""
+
+    algorithm = "learning"
+
+    def __init__(
+        self, space: SearchSpace, plan: Plan | None = None, settings: LearningSettings | None = None, *, seed: int = 0
+    ) -> None:
+        self.space = space
+        self.plan = plan if plan is not None else Plan()
+        self.settings = settings if settings is not None else LearningSettings()
+        self.generation = 0
+        self.improved_at = 0
+        self.stop: StopReason | None = None
+        self.start: Measurement | None = None
+        self._rng = np.random.default_rng(seed)
+        self._seed = int(self._rng.integers(MAX_SEED))  # of every query, where measurements are exact
+        self._archive = Archive(space.n)
+        self._shape: tuple[int, Shape] | None = None  # and how many measurements it was found with
+        self._radius = min(self.settings.radius, space.n)
+        self._switches = 3.0
+        self._worth = dict.fromkeys(SOURCES, 0.5)
+        self._sources: NDArray[np.int8] = np.empty(0, dtype=np.int8)  # of the candidates, the incumbent without
+        self._siblings: Levels = np.empty((0, space.n), dtype=np.int16)  # a parent, and its children that beat it
+        self._level = 0.0  # what the incumbent is thought to lose, where measurements are noisy
+        self._noise = 0.0  # variance of a paired difference at fidelity 1
+        self._spent = 0
+        self._phase = _START
+        given = [np.asarray(p) for p in ([self.plan.start] if self.plan.start is not None else [])]
+        self._rivals = [space.check(np.asarray(rival)) for rival in self.settings.rivals]
+        first = [*(space.check(p) for p in given), space.nearest_uniform(), *self._rivals]
+        random = space.random(self.settings.candidates, self._rng)
+        self._best = Measurement.unmeasured(first[0])
+        self._race: Race | None = None
+        self._query: Query | None = None
+        self._begin(_distinct(np.concatenate([np.stack(first), random])))
+
+    @property
+    def exact(self) -> bool:
+        """Whether a profile is measured once, all on one sample."""
+        return self.plan.fidelity == 1
+
+    @property
+    def done(self) -> bool:
+        return self.stop is not None
+
+    @property
+    def best(self) -> Measurement:
+        return self._best
+
+    @property
+    def fraction(self) -> float:
+        return 1.0 if self.done else min(1.0, self._spent / self.plan.total_fidelity)
+
+    def describe(self) -> dict[str, Any]:
+        round_ = self._race.round if self._race is not None else 0
+        return {"generation": self.generation + (self._phase != _START), "stage": round_ + 1, "phase": self._phase}
+
+    def ask(self) -> Query:
+        if self._query is None:
+            raise ValueError("the search is done; check `done` first")
+        return self._query
+
+    def tell(self, query: Query, losses: Losses) -> None:
+        check_answer(self._query, query)
+        self._spent += query.fidelity * len(query.population)
+        if self._race is None:
+            self._learn_exact(query, losses)
+        else:
+            self._race.tell(losses)
+            if not self._race.done:
+                self._ask_round()
+                return
+            self._learn_race(query, losses)
+        self._next()
+
+    def _learn_exact(self, query: Query, losses: Losses) -> None:
+        means = mean_loss(losses)
+        row = int(means.argmin())
+        before = self._best.loss if self._best.fidelity else np.inf
+        threshold = self._elite_loss()
+        self._note_siblings(query.population, means - before)
+        self._archive.add(query.population, means, np.zeros(len(means)))
+        if means[row] <= before:
+            self._best = Measurement.of_row(query, losses, row)
+        self._rate(means < threshold, improved=bool(means[row] < before), lost=means - before)
+        self._advance(improved=bool(means[row] < before))
+
+    def _learn_race(self, query: Query, losses: Losses) -> None:
+        race = self._race
+        assert race is not None
+        behind, error = race.differences(0)
+        known = np.isfinite(error) & np.isfinite(behind)
+        fidelity = np.array([race.fidelity_of(row) for row in range(len(behind))])
+        if known[1:].any():
+            noise = float(np.median((error[1:] ** 2 * fidelity[1:])[known[1:]]))
+            self._noise = noise if not self._noise else 0.8 * self._noise + 0.2 * noise
+        variance = np.where(known, error**2, self._noise / fidelity)
+        winner = race.winner
+        if self._phase != _CHOICE:
+            self._archive.add(race.candidates[1:], self._level + behind[1:], variance[1:])
+        if self._phase == _START:
+            self._archive.add(race.candidates[:1], np.array([self._level]), np.zeros(1))
+        last = int(np.flatnonzero((query.population == race.candidates[winner]).all(axis=1))[0])
+        self._best = Measurement.of_row(query, losses, last)
+        if winner:
+            self._level += float(behind[winner]) if np.isfinite(behind[winner]) else 0.0
+        if self._phase == _SEARCH:
+            self._note_siblings(race.candidates[1:], np.where(known[1:], behind[1:] + error[1:], np.inf))
+            self._rate(behind[1:] < -error[1:], improved=winner > 0, lost=behind[1:])
+        self._advance(improved=winner > 0)
+
+    def _advance(self, *, improved: bool) -> None:
+        if self._phase == _START:
+            self.start = self._best
+        else:
+            self.generation += 1
+            if improved:
+                self.improved_at = self.generation
+
+    def _rate(self, worthy: NDArray[np.bool_], *, improved: bool, lost: NDArray[np.float64]) -> None:
+        """Learn what the sources are worth, how far to go, and how many switches to make."""
+        if self._phase != _SEARCH:
+            return
+        for number, source in enumerate(SOURCES):
+            if (own := self._sources[: len(worthy)] == number).any():
+                self._worth[source] += 0.2 * (float(worthy[own].mean()) - self._worth[source])
+        self._radius = min(1.3 * self._radius, self.space.n) if improved else max(0.95 * self._radius, 2.0)
+        switched = self._sources[: len(lost)] == SOURCES.index("switch")
+        if switched.any():
+            share = float((lost[switched] < 0).mean())
+            self._switches = float(np.clip(self._switches * 1.5 ** np.sign(share - 0.2), 1.0, self.space.n / 4 + 1))
+
+    def _note_siblings(self, candidates: Levels, lost: NDArray[np.float64]) -> None:
+        """Keep the switched candidates (k, n) that beat their parent, best first: `lost` (k,) is what they lost more."""
+        own = (self._sources[: len(lost)] == SOURCES.index("switch")) if self._phase == _SEARCH else np.array([], bool)
+        better = np.flatnonzero(own & (lost[: len(own)] < 0)) if len(own) else np.array([], dtype=np.intp)
+        better = better[np.argsort(lost[better], kind="stable")]
+        self._siblings = np.concatenate([self._best.profile[None], candidates[better]])
+
+    def _elite_loss(self) -> float:
+        """The loss that puts a profile into the better quarter of the elite."""
+        losses = self._archive.losses
+        place = min(self.settings.elite, len(losses)) // 4
+        return float(np.partition(losses, place)[place]) if len(losses) else np.inf
+
+    # -- the next query ------------------------------------------------------------------------------------------
+
+    def _next(self) -> None:
+        if self._phase == _CHOICE:
+            self._finish(StopReason.EVALUATIONS)
+            return
+        left = self.plan.total_fidelity - self._spent
+        if self.exact:
+            if left < 1:
+                self._finish(StopReason.EVALUATIONS)
+                return
+        elif left < self._generation_cost() + self.settings.choice * self.plan.total_fidelity:
+            self._choose(left)
+            return
+        self._phase = _SEARCH
+        candidates = self._propose(min(left, self._batch) if self.exact else self.plan.batch)
+        if not len(candidates):
+            self._finish(StopReason.EXHAUSTED)
+            return
+        self._begin(candidates if self.exact else np.concatenate([self._best.profile[None], candidates]))
+
+    @property
+    def _batch(self) -> int:
+        """Exact measurements are best learned from a few at a time, until there are many."""
+        return min(self.plan.batch, max(4, self._spent // 64))
+
+    def _rounds(self) -> tuple[int, ...]:
+        first = min(self.settings.first or max(1, self.plan.fidelity // 8), self.plan.fidelity)
+        rounds = [first]
+        while 4 * rounds[-1] < self.plan.fidelity:
+            rounds.append(4 * rounds[-1])
+        return (*rounds, self.plan.fidelity) if rounds[-1] < self.plan.fidelity else tuple(rounds)
+
+    def _generation_cost(self) -> int:
+        """What a race of a whole batch takes at most."""
+        cost, running = 0, self.plan.batch
+        for fidelity in self._rounds():
+            cost += (running + 1) * fidelity
+            running = -(-running // 4)
+        return cost
+
+    def _begin(self, candidates: Levels) -> None:
+        if self.exact:
+            left = self.plan.total_fidelity - self._spent
+            self._query = Query(candidates[:left], 1, self._seed)
+        else:
+            self._race = Race(candidates, self._rounds())
+            self._ask_round()
+
+    def _ask_round(self) -> None:
+        assert self._race is not None
+        seed = int(self._rng.integers(MAX_SEED))
+        self._query = Query(self._race.population, self._race.fidelity, seed)
+
+    def _choose(self, left: int) -> None:
+        """The final choice, on as much fresh data as is left, up to four full measurements each."""
+        self._phase = _CHOICE
+        runners = self._archive.profiles[self._archive.ranked()[:2]]
+        known = [self._best.profile[None], self.space.nearest_uniform()[None], *(r[None] for r in self._rivals), runners]
+        finalists = _distinct(np.concatenate(known))
+        fidelity = min(left // len(finalists), 4 * self.plan.fidelity)
+        if fidelity < 1:
+            self._finish(StopReason.EVALUATIONS)
+            return
+        self._race = Race(finalists, (fidelity,))
+        self._ask_round()
+
+    def _propose(self, count: int) -> Levels:
+        """New candidates of all sources, (at most count, n)."""
+        rng, archive, space = self._rng, self._archive, self.space
+        order = archive.ranked()[: self.settings.elite]
+        elite = archive.profiles[order]
+        incumbent = self._best.profile if not self.exact else elite[0]
+        model = self._model()
+        shares = self._shares(count, model is not None)
+        found: list[Levels] = []
+        sources: list[int] = []
+        for number, source in enumerate(SOURCES):
+            if not (wanted := shares[source]):
+                continue
+            pool = wanted * (proposals.SCREENED if model is not None else 1)
+            if source == "descent" and model is not None:
+                starts = np.repeat(incumbent[None], wanted, axis=0)
+                if len(elite) >= self.settings.elite:
+                    starts[1::2] = elite[rng.integers(len(elite), size=len(starts[1::2]))]
+                new = proposals.descend(model, starts, np.arange(wanted), int(self._radius), archive, space, rng)
+            elif source == "crossover":
+                new = proposals.screen(model, proposals.crossed(elite, pool, space, rng), wanted, archive)
+            elif source == "merge":
+                new = proposals.screen(None, self._merge(), wanted, archive)
+            else:
+                parents = np.concatenate([incumbent[None], *found])
+                switches = max(1, round(self._switches))
+                new = proposals.screen(model, proposals.switched(parents, pool, switches, space, rng), wanted, archive)
+            archive.remember(new)
+            found.append(new)
+            sources += [number] * len(new)
+        self._sources = np.array(sources, dtype=np.int8)
+        return np.concatenate(found)
+
+    def _shares(self, count: int, modelled: bool) -> dict[str, int]:
+        """How many candidates each source is to give."""
+        shares = dict.fromkeys(SOURCES, 0)
+        if len(self._siblings) > 2 and count > 1:
+            shares["merge"] = 1
+        able = [s for s in SOURCES if s != "merge" and (modelled or s != "descent") and count > 1]
+        able = [s for s in able if s != "crossover" or len(self._archive.losses) >= 32] or ["switch"]
+        worth = np.array([max(self._worth[source], 0.05) for source in able])
+        parts = self._rng.multinomial(max(count - shares["merge"] - len(able), 0), worth / worth.sum())
+        for source, part in zip(able, parts, strict=True):
+            shares[source] = 1 + int(part)
+        return shares
+
+    def _merge(self) -> Levels:
+        return proposals.merged(self._siblings[0], self._siblings[1:], self.space, self._rng)
+
+    def _model(self) -> Surrogate | None:
+        """The model of the best and latest measurements; None where there are too few, or the space is too large."""
+        s, archive = self.settings, self._archive
+        rows = archive.chosen(min(s.model_rows, s.model_cells // (self.space.n * self.space.m)))
+        if len(rows) < 4 or s.model_cells // (self.space.n * self.space.m) < 64:
+            return None
+        profiles, losses, variances = archive.profiles[rows], archive.losses[rows], archive.variances[rows]
+        if self._shape is None or self._spent > 1.5 * self._shape[0]:
+            shuffled = self._rng.permutation(len(rows))
+            found = best_shape(self.space, profiles[shuffled], losses[shuffled], variances[shuffled])
+            self._shape = self._spent, found
+        draws = max(self.plan.batch, 2)
+        return Surrogate.fit(
+            self.space, profiles, losses, variances, self._shape[1], draws, s.temperature, self._rng
+        )
+
+    def _finish(self, reason: StopReason) -> None:
+        self.stop, self._query, self._race = reason, None, None
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    _PLAIN = ("generation", "improved_at", "_seed", "_radius", "_switches", "_worth", "_level", "_noise", "_spent", "_phase")
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "algorithm": self.algorithm,
+            "shape": [self.space.n, self.space.m],
+            "rng": self._rng.bit_generator.state,
+            "plain": {name: getattr(self, name) for name in self._PLAIN},
+            "stop": self.stop.name if self.stop else None,
+            "start": self.start.to_dict() if self.start else None,
+            "best": self._best.to_dict(),
+            "archive": self._archive.to_dict(),
+            "covariance": [self._shape[0], self._shape[1].to_dict()] if self._shape else None,
+            "sources": pack(self._sources),
+            "siblings": pack(self._siblings),
+            "race": self._race.to_dict() if self._race else None,
+            "query": pack_query(self._query),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        shape = [self.space.n, self.space.m]
+        if state.get("algorithm") != self.algorithm or state.get("shape") != shape:
+            raise ValueError(
+                f"expected the state of {self.algorithm} on {shape[0]} units of {shape[1]} levels, "
+                f"got {state.get('algorithm')} on {state.get('shape')}"
+            )
+        self._rng.bit_generator.state = state["rng"]
+        for name in self._PLAIN:
+            setattr(self, name, state["plain"][name])
+        self._worth = dict(self._worth)
+        self.stop = StopReason[state["stop"]] if state["stop"] else None
+        self.start = Measurement.from_dict(state["start"]) if state["start"] else None
+        self._best = Measurement.from_dict(state["best"])
+        self._archive.restore(state["archive"])
+        known = state["covariance"]
+        self._shape = (known[0], Shape.from_dict(known[1])) if known else None
+        self._sources, self._siblings = unpack(state["sources"]), unpack(state["siblings"])
+        self._race = Race.from_dict(state["race"]) if state["race"] else None
+        self._query = unpack_query(state["query"])
+
+
+def _distinct(population: Levels) -> Levels:
+    """The different rows, in the order of their first appearance: (k, n) -> (at most k, n)."""
+    _, first = np.unique(population, axis=0, return_index=True)
+    return population[np.sort(first)]

@@ -1,0 +1,96 @@
+"""Where a learning search gets its candidates from: the model, its best profiles crossed, switches, merged successes."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from discopt.archive import Archive
+from discopt.guided import cross, trade
+from discopt.mutation import offspring
+from discopt.space import Levels, SearchSpace
+from discopt.surrogate import Surrogate
+
+Rows = NDArray[np.intp]
+
+STEPS = 12  # of a descent on the model, at most
+POOL = np.array([1, 1, 1, 1, 2, 2, 4, 8])  # moves of the offspring that each step chooses from
+ERRORS = np.array([0.1, 0.3, 1.0, 3.0])  # random errors of their guide, over the mean size of an effect
+SCREENED = 8  # candidates for each that the model lets through
+TOURNAMENT = 2
+
+
+def descend(
+    model: Surrogate,
+    starts: Levels,
+    draw: Rows,
+    radius: int,
+    archive: Archive,
+    space: SearchSpace,
+    rng: np.random.Generator,
+) -> Levels:
+    """The new profiles that draws of the model like best, on the way down from starts: (b, n), (b,) -> (at most b, n).
+
+    A descent goes on from the best of several offspring as long as the draw expects it to be better, and no more than
+    `radius` units from its start.
+    """
+    best: dict[int, tuple[float, Levels]] = {}
+    here, value = starts.copy(), model.values(starts, draw)
+    going = np.arange(len(starts))
+    for _ in range(STEPS):
+        gains = model.gains(here[going], draw[going])
+        of = np.repeat(np.arange(len(going)), len(POOL))
+        error = np.abs(gains).mean(axis=(1, 2))[of] * rng.choice(ERRORS, size=len(of))
+        children = trade(here[going][of], gains[of], np.tile(POOL, len(going)), error, space, rng)
+        expected = model.values(children, draw[going][of])
+        expected[(children != starts[going][of]).sum(axis=1) > radius] = np.inf
+        table = expected.reshape(len(going), -1)
+        fresh = np.where(archive.new(children), expected, np.inf).reshape(table.shape)
+        for place, row in enumerate(going):
+            child = int(fresh[place].argmin())
+            if fresh[place, child] < best.get(int(row), (np.inf,))[0]:
+                best[int(row)] = float(fresh[place, child]), children[place * len(POOL) + child]
+        chosen = table.argmin(axis=1)
+        lowest = table[np.arange(len(going)), chosen]
+        better = lowest < value[going]
+        here[going[better]] = children[(np.arange(len(going)) * len(POOL) + chosen)[better]]
+        value[going[better]] = lowest[better]
+        going = going[better]
+        if not len(going):
+            break
+    return _stack([profile for _, profile in best.values()], space)
+
+
+def crossed(elite: Levels, count: int, space: SearchSpace, rng: np.random.Generator) -> Levels:
+    """Children of pairs of an elite (p, n), best first, each the better of some drawn: -> (count, n)."""
+    parents = rng.integers(len(elite), size=(2, count, TOURNAMENT)).min(axis=2)
+    return cross(elite[parents[0]], elite[parents[1]], space, rng)
+
+
+def switched(parents: Levels, count: int, switches: int, space: SearchSpace, rng: np.random.Generator) -> Levels:
+    """Offspring of parents (p, n) by up to `switches` level switches, the fewer the likelier: (at most count, n)."""
+    plain = space.steady and not space.bundles and len(np.unique(space.group)) == 1
+    weights = 1.0 / np.arange(1, switches + 1) if switches > 1 else np.ones(1)
+    rule = "within" if plain else "exchange"
+    return offspring(parents, count, space, rng, switches=tuple(weights), rule=rule)
+
+
+def merged(parent: Levels, children: Levels, space: SearchSpace, rng: np.random.Generator) -> Levels:
+    """The changes of all children (k, n) of a parent (n,), best first, in one: (1, n). An earlier child's change stands."""
+    one = parent.copy()
+    for child in children:
+        one = np.where(one == parent, child, one)
+    return cross(one[None], one[None], space, rng)
+
+
+def screen(model: Surrogate | None, candidates: Levels, count: int, archive: Archive) -> Levels:
+    """The new ones among candidates (k, n) of which the model expects most, or the first: (at most count, n)."""
+    fresh = candidates[archive.new(candidates)]
+    if model is None or len(fresh) <= count:
+        return fresh[:count]
+    expected = model.values(fresh, np.zeros(len(fresh), dtype=np.intp))
+    return fresh[np.argsort(expected, kind="stable")[:count]]
+
+
+def _stack(profiles: list[Levels], space: SearchSpace) -> Levels:
+    return np.stack(profiles) if profiles else np.empty((0, space.n), dtype=np.int16)
