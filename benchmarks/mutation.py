@@ -13,7 +13,7 @@ import numpy as np
 import record
 
 from discopt import SearchSpace
-from discopt.mutation import offspring
+from discopt.mutation import RULES, offspring
 
 SIZES = ((32, 16), (224, 16), (224, 128), (2_000, 128), (20_000, 16), (20_000, 128))  # (units, offspring)
 LEVELS = 5
@@ -43,7 +43,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     print(f"{'rule':8} {'units':>7} {'offspring':>9} {'median ms':>10} {'min ms':>8} {'aim ms':>7}")
-    for rule in ("within", "across"):
+    for rule in RULES:
         for n, count in SIZES:
             times = measure(n, count, rule, arguments.repeats, arguments.seed)
             aim = AIMS.get((n, count))
