@@ -77,5 +77,42 @@ class Archive:
         self._seen = {seen[first : first + DIGEST] for first in range(0, len(seen), DIGEST)}
 
 
+class Elite:
+    """The best profiles that are not too much alike, so that crossover has something to cross.
+
+    A newcomer within `apart` units of a member takes the place of the nearest, if it is no worse; any other takes the
+    place of the worst.
+    """
+
+    def __init__(self, n: int, size: int, apart: int) -> None:
+        self.size, self.apart = size, apart
+        self.profiles: Levels = np.empty((0, n), dtype=np.int16)  # best first
+        self.losses: Floats = np.empty(0)
+
+    def offer(self, profiles: Levels, losses: Floats) -> None:
+        """Take in those of the profiles (k, n) with finite losses (k,) that belong here."""
+        for profile, loss in zip(profiles, losses, strict=True):
+            if np.isfinite(loss) and (len(self.losses) < self.size or loss <= self.losses[-1]):
+                self._take(profile, float(loss))
+
+    def _take(self, profile: Levels, loss: float) -> None:
+        distance = (self.profiles != profile).sum(axis=1)
+        near = distance < self.apart
+        if near.any() and loss > self.losses[near].min():
+            return  # a member as good as this is near
+        kept = np.flatnonzero(~near)[: self.size - 1]
+        place = int(np.searchsorted(self.losses[kept], loss, side="left"))  # of equals the latest first
+        self.profiles = np.insert(self.profiles[kept], place, profile, axis=0)
+        self.losses = np.insert(self.losses[kept], place, loss)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"profiles": pack(self.profiles), "losses": pack(self.losses)}
+
+    def restore(self, values: dict[str, Any]) -> None:
+        """Take back what `to_dict` gave."""
+        self.profiles, self.losses = unpack(values["profiles"]), unpack(values["losses"])
+
+
 def _digest(profile: Levels) -> bytes:
     return hashlib.blake2b(profile.tobytes(), digest_size=DIGEST).digest()

@@ -16,6 +16,7 @@ from discopt.moves import NONE, Rows
 from discopt.space import Ints, Levels, SearchSpace
 
 Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
 
 
 def trade(
@@ -78,10 +79,10 @@ class _Guide:
         """Lower units that were not switched until the budget holds, those that were only where no other can."""
         while len(rows := np.flatnonzero((self._left < 0).any(axis=1))):
             price, change = self._steps(rows, up=False)
-            frees = ((price > 0) & (self._left[rows].T[:, :, None] < 0)).any(axis=0)
+            frees: Flags = np.logical_or.reduce((price > 0) & (self._left[rows].T[:, :, None] < 0), axis=0)
             score = np.where(frees, (change + self._noise[rows]) / self._size(price), np.inf)
             others = np.where(self._spared[rows], np.inf, score)
-            able = np.isfinite(others).any(axis=1)
+            able = np.logical_or.reduce(np.isfinite(others), axis=1)
             self._make(rows, np.where(able[:, None], others, score), price, up=False)
 
     def refill(self) -> None:
@@ -89,7 +90,8 @@ class _Guide:
         rows = np.arange(len(self.profiles))
         while len(rows):
             price, change = self._steps(rows, up=True)
-            fits = (price[0] != NONE) & (price <= self._left[rows].T[:, :, None]).all(axis=0)
+            affordable: Flags = np.logical_and.reduce(price <= self._left[rows].T[:, :, None], axis=0)
+            fits = (price[0] != NONE) & affordable
             harmless = change <= np.maximum(self._noise[rows], 0)
             score = np.where(fits & harmless, (change - np.abs(self._noise[rows])) / self._size(price), np.inf)
             rows = rows[self._make(rows, score, price, up=True)]

@@ -96,7 +96,12 @@ class Race:
         with np.errstate(invalid="ignore", divide="ignore"):
             squares = (weight / total[:, None]) ** 2 * (apart - mean[:, None]) ** 2
             error = np.sqrt(squares.sum(axis=1) * count / (count - 1))
-        error = np.where((count > 1) & np.isfinite(mean), error, np.where(np.isfinite(mean), np.inf, 0.0))
+        known = (count > 1) & np.isfinite(mean)
+        known[reference] = False
+        if known.any():  # few samples make for errors that are small by chance
+            usual = np.median(error[known] ** 2 * count[known])
+            error = np.sqrt(np.maximum(error**2, usual / np.maximum(count, 1)))
+        error = np.where(known, error, np.where(np.isfinite(mean), np.inf, 0.0))
         error[reference] = 0.0
         return mean, error
 
@@ -109,6 +114,11 @@ class Race:
         """The candidate that lost least in the last round among those in it; the incumbent where all lost as much."""
         last = self._last
         return int(last[self.latest[last].argmin()])
+
+    @property
+    def leader(self) -> int:
+        """The candidate with the lowest mean over all rounds, of those in the last one."""
+        return int(self._last[self._means(self._last).argmin()])
 
     @property
     def _last(self) -> NDArray[np.intp]:

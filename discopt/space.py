@@ -303,17 +303,21 @@ class SearchSpace:
 
     def _climb_once(self, profile: Levels, order: NDArray[np.intp], left: Ints) -> tuple[Levels, Ints]:
         """One step of each unit in turn, or of its bundle, where it fits: the profile (n,), and what is left (r,)."""
-        climbed = profile[None].copy()
-        for unit in order:
-            if climbed[0, unit] != profile[unit]:
-                continue  # its bundle had its turn
-            low = profile[unit] == self.cheapest()[unit]
-            move = self.moves.bundle_of(np.array([unit])) if low else np.array([unit])
-            price = self.moves.prices(climbed, move[None], up=True)[:, 0, 0]
-            if price.min() >= 0 and (price <= left).all():
-                self.moves.make_(climbed, np.array([0]), move, up=True)
-                left = left - price
-        return climbed[0], left
+        low = profile[order] == self.cheapest()[order]
+        moves = np.where(low, self.moves.bundle_of(order), order)
+        moves = moves[np.sort(np.unique(moves, return_index=True)[1])]  # a bundle has one turn
+        price = self.moves.prices(profile[None], moves[None], up=True)[:, 0]
+        moves, price = moves[price.min(axis=0) >= 0], price[:, price.min(axis=0) >= 0]
+        climbed = profile.copy()
+        while len(moves):
+            price = price[:, (fits := (price <= left[:, None]).all(axis=0))]  # what does not, never will: less is left
+            moves = moves[fits]
+            taken = int((np.cumsum(price, axis=1) <= left[:, None]).all(axis=0).sum())
+            _, unit, alone = self.moves.units_of(np.zeros(taken, dtype=np.intp), moves[:taken])
+            climbed[unit] = np.where(alone, self.up[unit, profile[unit]], self.second[unit])
+            left = left - price[:, :taken].sum(axis=1)
+            moves, price = moves[taken:], price[:, taken:]
+        return climbed, left
 
     def _fill(self, profile: Levels, rng: np.random.Generator) -> Levels:
         """Climb steps from a profile in a random order, as long as they fit: (n,) -> (n,)."""

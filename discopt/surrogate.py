@@ -48,6 +48,8 @@ COVARIANCES = (
     *(Covariance("pairs", r) for r in (0.0, 0.3, 1.0, 3.0, 10.0)),
     *(Covariance("product", theta) for theta in (0.05, 0.15, 0.4)),
 )
+SPREADS = np.array([0.0, 1.0, 0.5, 2.0])  # of the draws in turn, over the temperature
+TRUST = 0.25  # prior variance of the factor to the given prior, whose mean is 1
 NOISES = (1e-4, 1e-3, 1e-2, 1e-1)  # variance of what the covariance cannot explain, over that of the loss
 
 
@@ -80,6 +82,8 @@ class Surrogate:
     linear: Features  # (draws, n m) random effects of single units
     mean: float
     deviation: float
+    prior: Floats | None  # (n, m) what a level is thought to add to the standardised loss
+    trust: Floats  # (draws,) in the prior: the factor to it
 
     @classmethod
     def fit(
@@ -92,8 +96,12 @@ class Surrogate:
         draws: int,
         temperature: float,
         rng: np.random.Generator,
+        prior: Floats | None = None,
     ) -> Self:
-        """From profiles (N, n), losses (N,) and the variances of their errors (N,); `temperature` scales the draws."""
+        """From profiles (N, n), losses (N,) and the variances of their errors (N,); `temperature` scales the draws.
+
+        `prior` (n, m) is what each level is thought to add to the loss, up to a factor that is learned as well.
+        """
         levels = level_features(space.n, space.m)
         features = _features(profiles, levels)
         mean, deviation = standard(losses)
@@ -101,14 +109,16 @@ class Surrogate:
         noise = shape.noise + variances / deviation**2 / shape.scale
         alike = (features @ features.T).astype(np.float64)
         covariance = shape.covariance(alike) + CONSTANT
+        scaled = None if prior is None else prior / deviation
+        expected = np.zeros(len(target)) if scaled is None else _expected(scaled, profiles)
+        covariance += TRUST / shape.scale * np.multiply.outer(expected, expected)
         covariance[np.diag_indices_from(covariance)] += noise
         factor = cholesky(covariance, lower=True, overwrite_a=True, check_finite=False)
         spread = temperature * min(1.0, np.sqrt(shape.scale))
+        spread = spread * SPREADS[np.arange(draws) % len(SPREADS), None]
         linear = spread * rng.standard_normal((draws, features.shape[1]))
-        linear[0] = 0.0
         drawn = linear @ features.T + spread * np.sqrt(noise) * rng.standard_normal((draws, len(target)))
-        drawn[0] = 0.0
-        weight = cho_solve((factor, True), (target - drawn).T, check_finite=False).T
+        weight = cho_solve((factor, True), (target - expected - drawn).T, check_finite=False).T
         return cls(
             features=features,
             levels=levels,
@@ -117,6 +127,8 @@ class Surrogate:
             linear=linear.astype(np.float32),
             mean=mean,
             deviation=deviation,
+            prior=scaled,
+            trust=1 + TRUST / shape.scale * (weight @ expected),
         )
 
     def values(self, profiles: Levels, draw: NDArray[np.intp]) -> Floats:
@@ -126,7 +138,10 @@ class Surrogate:
         value = np.einsum("kt,kt->k", known, self.weight[draw])
         value += np.einsum("kf,kf->k", features, self.linear[draw])
         constant = CONSTANT * self.weight.sum(axis=1)[draw]
-        return self.mean + self.deviation * (value + constant).astype(np.float64)
+        total = (value + constant).astype(np.float64)
+        if self.prior is not None:
+            total += self.trust[draw] * _expected(self.prior, profiles)
+        return self.mean + self.deviation * total
 
     def gains(self, profiles: Levels, draw: NDArray[np.intp]) -> Floats:
         """What putting one unit to another level adds to the loss, to first order: (k, n), (k,) -> (k, n, m)."""
@@ -134,17 +149,22 @@ class Surrogate:
         features = _features(profiles, self.levels)
         slope = self.covariance.slope(features @ self.features.T) * self.weight[draw]  # (k, N)
         direction = (slope @ self.features + self.linear[draw]).reshape(k, n, -1)
-        effect = direction @ self.levels.T  # (k, n, m)
+        effect = (direction @ self.levels.T).astype(np.float64)  # (k, n, m)
+        if self.prior is not None:
+            effect += self.trust[draw, None, None] * self.prior
         here = np.take_along_axis(effect, profiles[:, :, None].astype(np.intp), axis=2)
-        return self.deviation * (effect - here).astype(np.float64)
+        return self.deviation * (effect - here)
 
 
-def best_shape(space: SearchSpace, profiles: Levels, losses: Floats, variances: Floats) -> Shape:
-    """The shape under which the losses (N,) of profiles (N, n) are likeliest."""
+def best_shape(
+    space: SearchSpace, profiles: Levels, losses: Floats, variances: Floats, prior: Floats | None = None
+) -> Shape:
+    """The shape under which the losses (N,) of profiles (N, n), beyond the prior (n, m), are likeliest."""
     rows = slice(0, LIKELIHOOD_ROWS)
     features = _features(profiles[rows], level_features(space.n, space.m))
     mean, deviation = standard(losses[rows])
-    target = (losses[rows] - mean) / deviation
+    target = (losses[rows] - mean - (0.0 if prior is None else _expected(prior, profiles[rows]))) / deviation
+    target -= target.mean()
     alike = (features @ features.T).astype(np.float64)
     diagonal = np.diag_indices_from(alike)
     found: list[tuple[float, Shape]] = []
@@ -157,6 +177,12 @@ def best_shape(space: SearchSpace, profiles: Levels, losses: Floats, variances: 
             likelihood = -0.5 * len(target) * np.log(max(scale, 1e-12)) - np.log(np.diag(factor)).sum()
             found.append((float(likelihood), Shape(covariance, noise, max(scale, 1e-12))))
     return max(found, key=lambda one: one[0])[1]
+
+
+def _expected(prior: Floats, profiles: Levels) -> Floats:
+    """The prior's sum over the units: (n, m), (k, n) -> (k,)."""
+    total: Floats = prior[np.arange(len(prior)), profiles].sum(axis=1)
+    return total
 
 
 def standard(losses: Floats) -> tuple[float, float]:

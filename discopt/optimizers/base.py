@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from discopt.candidates import Candidates
 from discopt.objective import Losses, Query
 from discopt.space import Levels, SearchSpace
 
@@ -47,9 +48,11 @@ class Measurement:
     @classmethod
     def of_row(cls, query: Query, losses: Losses, row: int) -> Measurement:
         """Row `row` of a query and its answer, (k,) or (k, s)."""
-        samples = np.atleast_1d(losses[row])
+        if losses.ndim == 1:
+            return cls(query.row(row), float(losses[row]), query.fidelity, query.seed)
+        samples = losses[row]
         error = float(samples.std(ddof=1) / math.sqrt(len(samples))) if len(samples) > 1 else None
-        return cls(query.population[row], float(samples.mean()), query.fidelity, query.seed, error)
+        return cls(query.row(row), float(samples.mean()), query.fidelity, query.seed, error)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; a loss that is not finite becomes None."""
@@ -149,10 +152,12 @@ def unpack(packed: dict[str, Any]) -> NDArray[Any]:
 def pack_query(query: Query | None) -> dict[str, Any] | None:
     if query is None:
         return None
-    return {"population": pack(query.population), "fidelity": query.fidelity, "seed": query.seed}
+    candidates = {name: pack(array) for name, array in vars(query.candidates).items()}
+    return {"candidates": candidates, "fidelity": query.fidelity, "seed": query.seed, "fresh": query.fresh}
 
 
 def unpack_query(packed: dict[str, Any] | None) -> Query | None:
     if packed is None:
         return None
-    return Query(unpack(packed["population"]), packed["fidelity"], packed["seed"])
+    candidates = Candidates(**{name: unpack(array) for name, array in packed["candidates"].items()})
+    return Query(candidates, packed["fidelity"], packed["seed"], fresh=packed["fresh"])

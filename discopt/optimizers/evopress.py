@@ -6,13 +6,15 @@ ICML 2025 (arXiv 2410.14649), Algorithm 1 and Section 3.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from discopt.mutation import RULES, offspring
+from discopt.candidates import Candidates
+from discopt.mutation import RULES, mutate
 from discopt.objective import Losses, Query, mean_loss
 from discopt.optimizers.base import Measurement, StopReason, check_answer, pack, pack_query, unpack, unpack_query
 from discopt.space import Levels, SearchSpace
@@ -91,6 +93,13 @@ class EvoPressSettings:
         if self.rule not in RULES:
             raise ValueError(f"rule must be within, across or exchange, got {self.rule!r}")
 
+    @property
+    def generation_fidelity(self) -> int:
+        """What a whole generation spends: candidates times fidelity, the parents in the last stage counted."""
+        entrants = [self.offspring, *(stage.survivors for stage in self.stages)]
+        offspring = sum(k * stage.fidelity for k, stage in zip(entrants, self.stages, strict=False))
+        return offspring + self.parents * self.stages[-1].fidelity
+
     def describe_stages(self) -> str:
         return " ".join(str(stage) for stage in self.stages)
 
@@ -139,13 +148,10 @@ class EvoPress:
     @property
     def fraction(self) -> float:
         s = self.settings
-        entrants = [s.offspring, *(stage.survivors for stage in s.stages)]
-        generation = sum(k * stage.fidelity for k, stage in zip(entrants, s.stages, strict=False))
-        generation += s.parents * s.stages[-1].fidelity
         start = s.start_candidates * self._start_fidelity if self._draws_start else 0
         if s.rivals:
             start += (len(s.rivals) + s.parents) * s.stages[-1].fidelity
-        return 1.0 if self.done else min(1.0, self._spent / max(1, start + s.generations * generation))
+        return 1.0 if self.done else min(1.0, self._spent / max(1, start + s.generations * s.generation_fidelity))
 
     def describe(self) -> dict[str, Any]:
         if self._phase == _GENERATIONS:
@@ -159,7 +165,7 @@ class EvoPress:
 
     def tell(self, query: Query, losses: Losses) -> None:
         check_answer(self._query, query)
-        self._spent += query.fidelity * len(query.population)
+        self._spent += query.fidelity * len(query)
         order = np.argsort(mean_loss(losses), kind="stable")  # ties: offspring before parents, for they come first
         if self._phase != _GENERATIONS:
             self._choose_start(query, losses, order)
@@ -167,7 +173,7 @@ class EvoPress:
             self._choose_parents(query, losses, order)
         else:
             survivors = np.sort(order[: self.settings.stages[self._stage].survivors])
-            self._begin_stage(self._stage + 1, query.population[survivors])
+            self._begin_stage(self._stage + 1, query.candidates.take(survivors))
 
     def state(self) -> dict[str, Any]:
         return {
@@ -220,12 +226,12 @@ class EvoPress:
             return uniform
         return None
 
-    def _ask(self, population: Levels, fidelity: int) -> None:
+    def _ask(self, population: Levels | Candidates, fidelity: int) -> None:
         self._query = Query(population, fidelity, int(self._rng.integers(MAX_SEED)))
 
     def _choose_start(self, query: Query, losses: Losses, order: NDArray[np.intp]) -> None:
         """Algorithm 1, line 1: the best of the random profiles become the first parents, unless rivals beat them."""
-        self._parents = query.population[order[: self.settings.parents]]
+        self._parents = np.array([query.row(row) for row in order[: self.settings.parents].tolist()])
         self._best = Measurement.of_row(query, losses, int(order[0]))
         if self._phase == _CANDIDATES:
             self.start = self._best
@@ -246,7 +252,7 @@ class EvoPress:
         if self.generation >= s.generations:
             self._finish(StopReason.GENERATIONS)
             return
-        children = offspring(self._parents, s.offspring, self.space, self._rng, switches=s.switches, rule=s.rule)
+        children = mutate(self._parents, s.offspring, self.space, self._rng, switches=s.switches, rule=s.rule)
         if len(children) == 0 and self._best.fidelity == s.stages[-1].fidelity:
             self._finish(StopReason.EXHAUSTED)
             return
@@ -255,25 +261,25 @@ class EvoPress:
             first += 1  # nothing to choose between: all would survive
         self._begin_stage(first, children)
 
-    def _begin_stage(self, stage: int, candidates: Levels) -> None:
+    def _begin_stage(self, stage: int, candidates: Candidates) -> None:
         self._stage = stage
         if stage == len(self.settings.stages) - 1:
-            candidates = np.concatenate([candidates, self._parents])  # elitism against a fresh sample
+            candidates = candidates.followed_by(self._parents)  # elitism against a fresh sample
         self._ask(candidates, self.settings.stages[stage].fidelity)
 
     def _choose_parents(self, query: Query, losses: Losses, order: NDArray[np.intp]) -> None:
         """Algorithm 1, last step: the best of offspring and parents, the latter known by their index."""
-        elites = np.arange(len(query.population) - len(self._parents), len(query.population))
+        first = len(query) - len(self._parents)  # of the parents
         means = mean_loss(losses)
-        if not np.isfinite(means[order[0]]):
-            order = np.concatenate([elites, np.setdiff1d(order, elites)])  # nothing was measured: stay
-        chosen = order[: self.settings.parents]
+        if not math.isfinite(means[order[0]]):
+            order = np.roll(np.arange(len(query)), len(self._parents))  # nothing was measured: stay
+        chosen = order[: self.settings.parents].tolist()
         self.generation += 1
-        if means[chosen[0]] < means[elites].min():
+        if means[chosen[0]] < means[first:].min():
             self.improved_at = self.generation
-        self._parents = query.population[chosen]
-        self._best = Measurement.of_row(query, losses, int(chosen[0]))
-        if len(query.population) == len(elites):
+        self._parents = np.array([query.row(row) for row in chosen])
+        self._best = Measurement.of_row(query, losses, chosen[0])
+        if not first:
             self._finish(StopReason.EXHAUSTED)
         else:
             self._begin_generation()

@@ -10,14 +10,14 @@ not seen. What earned its place, and by how much, is in docs/algorithms.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from discopt import proposals
-from discopt.archive import Archive
+from discopt.archive import Archive, Elite
 from discopt.objective import Losses, Query, mean_loss
 from discopt.optimizers.base import Measurement, StopReason, check_answer, pack, pack_query, unpack, unpack_query
 from discopt.optimizers.evopress import MAX_SEED
@@ -26,7 +26,9 @@ from discopt.racing import Race
 from discopt.space import Levels, SearchSpace
 from discopt.surrogate import Shape, Surrogate, best_shape
 
+RUNNERS_UP = 1  # of the final choice
 SOURCES = ("descent", "crossover", "switch", "merge")
+REFIT = 1.5
 _START, _SEARCH, _CHOICE = "start", "search", "choice"  # what a query is for
 
 
@@ -34,31 +36,59 @@ _START, _SEARCH, _CHOICE = "start", "search", "choice"  # what a query is for
 class LearningSettings:
     """What can be set beside the plan.
 
-    `rivals` are profiles found by whatever means, that the start has to beat and that compete again at the end.
+    `rivals` are profiles found by whatever means, that the start has to beat. `references` are those that the answer
+    must not be worse than: they and the uniform profile take part in the final choice. `prior` (n, m) is what each
+    level of a unit is thought to add to the loss, up to a factor near 1 that is learned.
     """
 
     rivals: tuple[tuple[int, ...], ...] = ()
+    references: tuple[tuple[int, ...], ...] = ()
+    prior: NDArray[np.float64] | None = field(default=None, compare=False)
     first: int | None = None  # fidelity of a race's first round; None: an eighth of the plan's
+    choice: int | None = None  # fidelity of the final choice, where measurements are noisy; None: twice the plan's
     candidates: int = 8  # random profiles to begin with
-    choice: float = 0.1  # share of the budget for the final choice, where measurements are noisy
+    share: int = 8  # of a race's candidates, one in so many goes on after each round
     model_rows: int = 400  # measurements that the model is made of, at most
     model_cells: int = 1 << 22  # and their levels in all; a space where fewer than 64 fit gets no model
     elite: int = 128  # profiles that are crossed
+    crossover_from: int = 300  # profiles measured before there is any crossover
+    small: int = 8  # candidates of a generation to begin with, where measurements are exact
+    apart: float = 0.1  # share of the units that two of these differ in, at least
     temperature: float = 0.3  # of the model's draws; 1 is Thompson sampling
     radius: float = 16.0  # of the trust region to begin with, in units
 
     def __post_init__(self) -> None:
-        for name in ("candidates", "model_rows", "model_cells", "elite"):
+        for name in ("model_rows", "model_cells", "elite", "share", "small"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.first is not None and self.first < 1:
-            raise ValueError(f"first must be at least 1, got {self.first}")
-        if not 0 <= self.choice < 1:
-            raise ValueError(f"choice must be a share below 1, got {self.choice}")
+        if self.candidates < 0:
+            raise ValueError(f"candidates must not be negative, got {self.candidates}")
+        for name in ("first", "choice"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.temperature < 0 or self.radius < 1:
             raise ValueError(
                 f"temperature must not be negative and radius at least 1, got {self.temperature}, {self.radius}"
             )
+
+
+@dataclass(frozen=True, eq=False)
+class Finalist:
+    """A profile of the final choice: how much more it lost there than the one that was chosen."""
+
+    profile: Levels  # (n,)
+    loss: float
+    difference: float
+    standard_error: float | None  # of the difference; None with one sample
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {**vars(self), "profile": self.profile.tolist()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`."""
+        return cls(**{**values, "profile": np.array(values["profile"], dtype=np.int16)})
 
 
 class Learning:
@@ -76,9 +106,11 @@ class Learning:
         self.improved_at = 0
         self.stop: StopReason | None = None
         self.start: Measurement | None = None
+        self.choice: tuple[Finalist, ...] = ()  # the final choice, best first; () before it, or without one
         self._rng = np.random.default_rng(seed)
         self._seed = int(self._rng.integers(MAX_SEED))  # of every query, where measurements are exact
         self._archive = Archive(space.n)
+        self._elite = Elite(space.n, self.settings.elite, 1 + round(self.settings.apart * space.n))
         self._shape: tuple[int, Shape] | None = None  # and how many measurements it was found with
         self._radius = min(self.settings.radius, space.n)
         self._switches = 3.0
@@ -90,8 +122,10 @@ class Learning:
         self._spent = 0
         self._phase = _START
         given = [np.asarray(p) for p in ([self.plan.start] if self.plan.start is not None else [])]
-        self._rivals = [space.check(np.asarray(rival)) for rival in self.settings.rivals]
-        first = [*(space.check(p) for p in given), space.nearest_uniform(), *self._rivals]
+        known = [*given, *map(np.asarray, (*self.settings.rivals, *self.settings.references))]
+        self._uniform = space.nearest_uniform()
+        first = [*map(space.check, known[: len(given)]), self._uniform, *map(space.check, known[len(given) :])]
+        self._prior = self._checked_prior()
         random = space.random(self.settings.candidates, self._rng)
         self._best = Measurement.unmeasured(first[0])
         self._race: Race | None = None
@@ -141,9 +175,11 @@ class Learning:
         means = mean_loss(losses)
         row = int(means.argmin())
         before = self._best.loss if self._best.fidelity else np.inf
-        threshold = self._elite_loss()
+        quarter = len(self._elite.losses) // 4
+        threshold = float(self._elite.losses[quarter]) if len(self._elite.losses) else np.inf
         self._note_siblings(query.population, means - before)
         self._archive.add(query.population, means, np.zeros(len(means)))
+        self._elite.offer(query.population, means)
         if means[row] <= before:
             self._best = Measurement.of_row(query, losses, row)
         self._rate(means < threshold, improved=bool(means[row] < before), lost=means - before)
@@ -159,15 +195,18 @@ class Learning:
             noise = float(np.median((error[1:] ** 2 * fidelity[1:])[known[1:]]))
             self._noise = noise if not self._noise else 0.8 * self._noise + 0.2 * noise
         variance = np.where(known, error**2, self._noise / fidelity)
-        winner = race.winner
+        winner = race.leader if self._phase == _CHOICE else race.winner
         if self._phase != _CHOICE:
             self._archive.add(race.candidates[1:], self._level + behind[1:], variance[1:])
+            self._elite.offer(race.candidates[1:], self._level + behind[1:] + np.sqrt(variance[1:]))
         if self._phase == _START:
             self._archive.add(race.candidates[:1], np.array([self._level]), np.zeros(1))
         last = int(np.flatnonzero((query.population == race.candidates[winner]).all(axis=1))[0])
         self._best = Measurement.of_row(query, losses, last)
-        if winner:
-            self._level += float(behind[winner]) if np.isfinite(behind[winner]) else 0.0
+        gain = race.latest[winner] - race.latest[0]  # on the last round's data alone, which did not choose the winner
+        self._level += float(gain) if np.isfinite(gain) else 0.0
+        if self._phase == _CHOICE:
+            self.choice = _choice_of(race, winner)
         if self._phase == _SEARCH:
             self._note_siblings(race.candidates[1:], np.where(known[1:], behind[1:] + error[1:], np.inf))
             self._rate(behind[1:] < -error[1:], improved=winner > 0, lost=behind[1:])
@@ -201,12 +240,6 @@ class Learning:
         better = better[np.argsort(lost[better], kind="stable")]
         self._siblings = np.concatenate([self._best.profile[None], candidates[better]])
 
-    def _elite_loss(self) -> float:
-        """The loss that puts a profile into the better quarter of the elite."""
-        losses = self._archive.losses
-        place = min(self.settings.elite, len(losses)) // 4
-        return float(np.partition(losses, place)[place]) if len(losses) else np.inf
-
     # -- the next query ------------------------------------------------------------------------------------------
 
     def _next(self) -> None:
@@ -218,7 +251,7 @@ class Learning:
             if left < 1:
                 self._finish(StopReason.EVALUATIONS)
                 return
-        elif left < self._generation_cost() + self.settings.choice * self.plan.total_fidelity:
+        elif left < self._generation_cost() + self._choice_cost():
             self._choose(left)
             return
         self._phase = _SEARCH
@@ -231,7 +264,7 @@ class Learning:
     @property
     def _batch(self) -> int:
         """Exact measurements are best learned from a few at a time, until there are many."""
-        return min(self.plan.batch, max(4, self._spent // 64))
+        return min(self.plan.batch, max(self.settings.small, self._spent // 64))
 
     def _rounds(self) -> tuple[int, ...]:
         first = min(self.settings.first or max(1, self.plan.fidelity // 8), self.plan.fidelity)
@@ -245,7 +278,7 @@ class Learning:
         cost, running = 0, self.plan.batch
         for fidelity in self._rounds():
             cost += (running + 1) * fidelity
-            running = -(-running // 4)
+            running = -(-running // self.settings.share)
         return cost
 
     def _begin(self, candidates: Levels) -> None:
@@ -253,32 +286,42 @@ class Learning:
             left = self.plan.total_fidelity - self._spent
             self._query = Query(candidates[:left], 1, self._seed)
         else:
-            self._race = Race(candidates, self._rounds())
+            self._race = Race(candidates, self._rounds(), self.settings.share)
             self._ask_round()
 
     def _ask_round(self) -> None:
         assert self._race is not None
         seed = int(self._rng.integers(MAX_SEED))
-        self._query = Query(self._race.population, self._race.fidelity, seed)
+        fresh = self._phase == _CHOICE
+        self._query = Query(self._race.population, self._race.fidelity, seed, fresh=fresh)
 
     def _choose(self, left: int) -> None:
-        """The final choice, on as much fresh data as is left, up to four full measurements each."""
-        self._phase = _CHOICE
-        runners = self._archive.profiles[self._archive.ranked()[:2]]
-        known = [self._best.profile[None], self.space.nearest_uniform()[None], *(r[None] for r in self._rivals), runners]
-        finalists = _distinct(np.concatenate(known))
-        fidelity = min(left // len(finalists), 4 * self.plan.fidelity)
+        """The final choice, on fresh data, with what is `left` of the budget."""
+        references = [np.array(profile, dtype=np.int16) for profile in self.settings.references]
+        known = [self._best.profile, self._uniform, *references, *self._elite.profiles[:RUNNERS_UP]]
+        finalists = _distinct(np.stack(known))
+        fidelity = min(left // len(finalists), self._choice_fidelity)
         if fidelity < 1:
             self._finish(StopReason.EVALUATIONS)
             return
-        self._race = Race(finalists, (fidelity,))
+        self._phase = _CHOICE
+        first = max(1, fidelity // 4)  # enough to part with those that are clearly worse
+        self._race = Race(finalists, (first, fidelity - first) if fidelity > first else (first,), share=1)
         self._ask_round()
+
+    @property
+    def _choice_fidelity(self) -> int:
+        return self.settings.choice or 2 * self.plan.fidelity
+
+    def _choice_cost(self) -> int:
+        """What the final choice takes, if two profiles are left after its first round."""
+        finalists = 2 + len(self.settings.references) + RUNNERS_UP
+        return (finalists // 4 + 2) * self._choice_fidelity
 
     def _propose(self, count: int) -> Levels:
         """New candidates of all sources, (at most count, n)."""
         rng, archive, space = self._rng, self._archive, self.space
-        order = archive.ranked()[: self.settings.elite]
-        elite = archive.profiles[order]
+        elite = self._elite.profiles
         incumbent = self._best.profile if not self.exact else elite[0]
         model = self._model()
         shares = self._shares(count, model is not None)
@@ -313,7 +356,9 @@ class Learning:
         if len(self._siblings) > 2 and count > 1:
             shares["merge"] = 1
         able = [s for s in SOURCES if s != "merge" and (modelled or s != "descent") and count > 1]
-        able = [s for s in able if s != "crossover" or len(self._archive.losses) >= 32] or ["switch"]
+        able = [s for s in able if s != "crossover" or len(self._archive.losses) >= self.settings.crossover_from] or [
+            "switch"
+        ]
         worth = np.array([max(self._worth[source], 0.05) for source in able])
         parts = self._rng.multinomial(max(count - shares["merge"] - len(able), 0), worth / worth.sum())
         for source, part in zip(able, parts, strict=True):
@@ -330,21 +375,41 @@ class Learning:
         if len(rows) < 4 or s.model_cells // (self.space.n * self.space.m) < 64:
             return None
         profiles, losses, variances = archive.profiles[rows], archive.losses[rows], archive.variances[rows]
-        if self._shape is None or self._spent > 1.5 * self._shape[0]:
+        if self._shape is None or self._spent > REFIT * self._shape[0]:
             shuffled = self._rng.permutation(len(rows))
-            found = best_shape(self.space, profiles[shuffled], losses[shuffled], variances[shuffled])
+            found = best_shape(self.space, profiles[shuffled], losses[shuffled], variances[shuffled], self._prior)
             self._shape = self._spent, found
         draws = max(self.plan.batch, 2)
         return Surrogate.fit(
-            self.space, profiles, losses, variances, self._shape[1], draws, s.temperature, self._rng
+            self.space, profiles, losses, variances, self._shape[1], draws, s.temperature, self._rng, self._prior
         )
+
+    def _checked_prior(self) -> NDArray[np.float64] | None:
+        if self.settings.prior is None:
+            return None
+        prior = np.asarray(self.settings.prior, dtype=np.float64)
+        shape = (self.space.n, self.space.m)
+        if prior.shape != shape or not np.isfinite(prior[self.space.allowed]).all():
+            raise ValueError(f"prior must have shape {shape} and be finite where allowed, got {prior.shape}")
+        return np.where(self.space.allowed, prior, 0.0)
 
     def _finish(self, reason: StopReason) -> None:
         self.stop, self._query, self._race = reason, None, None
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
-    _PLAIN = ("generation", "improved_at", "_seed", "_radius", "_switches", "_worth", "_level", "_noise", "_spent", "_phase")
+    _PLAIN = (
+        "generation",
+        "improved_at",
+        "_seed",
+        "_radius",
+        "_switches",
+        "_worth",
+        "_level",
+        "_noise",
+        "_spent",
+        "_phase",
+    )
 
     def state(self) -> dict[str, Any]:
         return {
@@ -356,6 +421,8 @@ class Learning:
             "start": self.start.to_dict() if self.start else None,
             "best": self._best.to_dict(),
             "archive": self._archive.to_dict(),
+            "elite": self._elite.to_dict(),
+            "choice": [finalist.to_dict() for finalist in self.choice],
             "covariance": [self._shape[0], self._shape[1].to_dict()] if self._shape else None,
             "sources": pack(self._sources),
             "siblings": pack(self._siblings),
@@ -378,11 +445,27 @@ class Learning:
         self.start = Measurement.from_dict(state["start"]) if state["start"] else None
         self._best = Measurement.from_dict(state["best"])
         self._archive.restore(state["archive"])
+        self._elite.restore(state["elite"])
+        self.choice = tuple(map(Finalist.from_dict, state["choice"]))
         known = state["covariance"]
         self._shape = (known[0], Shape.from_dict(known[1])) if known else None
         self._sources, self._siblings = unpack(state["sources"]), unpack(state["siblings"])
         self._race = Race.from_dict(state["race"]) if state["race"] else None
         self._query = unpack_query(state["query"])
+
+
+def _choice_of(race: Race, winner: int) -> tuple[Finalist, ...]:
+    apart, error = race.differences(winner)
+    order = np.argsort(apart, kind="stable")
+    return tuple(
+        Finalist(
+            race.candidates[row],
+            float(race.latest[row]),
+            float(apart[row]),
+            float(error[row]) if np.isfinite(error[row]) else None,
+        )
+        for row in order
+    )
 
 
 def _distinct(population: Levels) -> Levels:

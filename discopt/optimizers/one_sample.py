@@ -77,9 +77,8 @@ class OneSample(ABC):
         self.generation += 1
         self._evaluated += len(query.population)
         means = mean_loss(losses)
-        ranked = np.where(self.space.feasible(query.population), means, np.inf)
-        row = int(ranked.argmin())
-        if ranked[row] < (self._best.loss if self._best is not None else np.inf):
+        row = self._better_row(query.population, means, self._best.loss if self._best is not None else np.inf)
+        if row is not None:
             self._best = Measurement.of_row(query, losses, row)
             self.improved_at = self.generation
         self.start = self.start or self._best
@@ -119,6 +118,19 @@ class OneSample(ABC):
         self._best = Measurement.from_dict(state["best"]) if state["best"] else None
         self._query = unpack_query(state["query"])
         self._recall(state["memory"])
+
+    def _first(self) -> Levels:
+        """Where the search starts: the plan's profile, or the nearest to uniform, (n,)."""
+        start = self.plan.start
+        return self.space.nearest_uniform() if start is None else self.space.check(np.asarray(start))
+
+    def _better_row(self, population: Levels, losses: Losses, than: float) -> int | None:
+        """The feasible row of (k, n) that loses least of (k,); None if that is not less `than` this."""
+        if losses.min() >= than:  # nearly always: a look at the costs would take longer than all else here
+            return None
+        ranked = np.where(self.space.feasible(population), losses, np.inf)
+        row = int(ranked.argmin())
+        return row if ranked[row] < than else None
 
     def _next(self) -> None:
         self._query = None
