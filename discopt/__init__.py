@@ -13,8 +13,13 @@ if TYPE_CHECKING:
     from discopt.folder import RunFolder
     from discopt.objective import Objective, Query, as_objective
     from discopt.optimizers import (
+        Additive,
+        Annealing,
         EvoPress,
         EvoPressSettings,
+        Exhaustive,
+        Genetic,
+        HillClimbing,
         Measurement,
         Optimizer,
         Plan,
@@ -28,10 +33,15 @@ if TYPE_CHECKING:
     from discopt.space import SearchSpace
 
 __all__ = [
+    "Additive",
+    "Annealing",
     "BudgetError",
     "DiscoptError",
     "EvoPress",
     "EvoPressSettings",
+    "Exhaustive",
+    "Genetic",
+    "HillClimbing",
     "Limits",
     "Measurement",
     "Objective",
@@ -57,7 +67,8 @@ _HOMES = {
     "errors": "BudgetError DiscoptError ObjectiveError RunFolderError",
     "folder": "RunFolder",
     "objective": "Objective Query as_objective",
-    "optimizers": "EvoPress EvoPressSettings Measurement Optimizer Plan RandomSearch Stage StopReason",
+    "optimizers": "Additive Annealing EvoPress EvoPressSettings Exhaustive Genetic HillClimbing Measurement Optimizer "
+    "Plan RandomSearch Stage StopReason",
     "problem": "Problem",
     "run": "Limits Progress Result minimize",
     "separable": "solve_separable",

@@ -1,4 +1,4 @@
-"""The command line: `discopt solve`, `discopt resume`, and the commands that other packages add.
+"""The command line: `discopt solve`, `discopt resume`, `discopt compare`, and the commands that other packages add.
 
 A package adds a command by an entry point of the group `discopt.commands`: the command's name = a typer app. So that
 `discopt resume` can go on with its runs, it adds one of the group `discopt.resume`: what run.json calls the command
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from discopt.compare_cli import compare_command
 from discopt.console import INTERRUPTED, checked, only_json_on_stdout, terminated_as_interrupted
 from discopt.errors import DiscoptError
 
@@ -147,7 +148,14 @@ Rule = Annotated[
         metavar="within|across|exchange",
     ),
 ]
-Algorithm = Annotated[str, _search("How to search.", metavar="evopress|random")]
+Algorithm = Annotated[
+    str,
+    _search(
+        "evopress, which hears all options of this panel; or learning, evopress-1, additive, annealing, exhaustive, "
+        "genetic, hill-climbing, random, which measure as many profiles as the generations have offspring.",
+        metavar="NAME",
+    ),
+]
 Seed = Annotated[int, _search("Same seed, same run.", metavar="N", min=0)]
 
 MaxEvaluations = Annotated[int | None, _stop("Profiles measured.", metavar="N", min=1)]
@@ -276,6 +284,9 @@ def resume(
         else:
             results = _resumer(folder)(folder, quiet=quiet)
     _finish(results, as_json)
+
+
+app.command("compare")(compare_command)
 
 
 def _resume_solve(folder: RunFolder, changes: Mapping[str, Any], quiet: bool) -> dict[str, Any]:

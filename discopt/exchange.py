@@ -55,7 +55,7 @@ class _Trade:
         for turn in range(int(number.max(initial=0))):
             for up in (False, True):
                 rows = np.flatnonzero((number > turn) & (rises == up))
-                _, rows, moves = self._move(rows, self._switched[rows], up=up, free=True)
+                _, rows, moves = self._move(rows, self._switched, up=up, free=True)
                 row, unit, _ = self._moves.units_of(rows, moves)
                 self._switched[row, unit] = self._switched[row, self._moves.bundle_of(unit)] = True
 
@@ -64,7 +64,7 @@ class _Trade:
         spared = self._switched.copy()
         spared[:, self.profiles.shape[1] :] = True
         while len(rows := np.flatnonzero((self.left < 0).any(axis=1))):
-            stuck, made, moves = self._move(rows, spared[rows], up=False)
+            stuck, made, moves = self._move(rows, spared, up=False)
             self._lowered[made, moves] = True
             stuck, made, moves = self._move(stuck, None, up=False)
             self._lowered[made, moves] = True
@@ -74,33 +74,36 @@ class _Trade:
     def refill(self) -> None:
         """Take back what the repair need not have lowered, then climb until nothing fits; what was switched, last."""
         rows = np.flatnonzero(self._lowered.sum(axis=1) > 1)
+        pool, kept = np.flatnonzero(self._lowered[rows].any(axis=0)), ~self._lowered
         while len(rows):
-            _, rows, moves = self._move(rows, ~self._lowered[rows], up=True)
-            self._lowered[rows, moves] = False
+            _, rows, moves = self._move(rows, kept, up=True, pool=pool)
+            kept[rows, moves] = True
         rows = np.arange(len(self.profiles))
-        while len(rows):
-            stuck, rows, _ = self._move(rows, self._switched[rows], up=True)
+        while len(rows := rows[(self.left[rows] >= self._moves.least).all(axis=1)]):
+            stuck, rows, _ = self._move(rows, self._switched, up=True)
             rows = np.concatenate([rows, self._move(stuck, None, up=True)[1]])
 
-    def _move(self, rows: Rows, barred: Flags | None, *, up: bool, free: bool = False) -> tuple[Rows, Rows, Rows]:
+    def _move(
+        self, rows: Rows, barred: Flags | None, *, up: bool, free: bool = False, pool: Rows | None = None
+    ) -> tuple[Rows, Rows, Rows]:
         """One move in each of the rows that has one: (i,) -> rows without, (i - j,); rows with, (j,); moves, (j,).
 
-        `barred` (i, moves) are those not to be made. Moves up have to fit what is left, and moves down to free what
-        is missing; unless they are `free`.
+        `barred` (k, moves) are those not to be made, `pool` those to choose from, all by default. Moves up have to
+        fit what is left, and moves down to free what is missing; unless they are `free`.
         """
         if not len(rows):
             return rows, rows, rows
-        move, price = self._pick(rows, barred, up, free)
+        move, price = self._pick(rows, np.arange(self._moves.count) if pool is None else pool, barred, up, free)
         made = move != NONE
         stuck, rows, move = rows[~made], rows[made], move[made]
         self._moves.make_(self.profiles, rows, move, up=up)
         self.left[rows] += price[:, made].T * (-1 if up else 1)
         return stuck, rows, move
 
-    def _pick(self, rows: Rows, barred: Flags | None, up: bool, free: bool) -> tuple[Rows, Ints]:
-        """A move for each row, the best fitting of some random ones, and its price: (i,), (r, i); NONE without any."""
+    def _pick(self, rows: Rows, pool: Rows, barred: Flags | None, up: bool, free: bool) -> tuple[Rows, Ints]:
+        """A move for each row, the best fitting of some random ones, and its price: (i,), (r, i); or NONE."""
         every = np.arange(len(rows))
-        drawn = self._rng.integers(self._moves.count, size=(len(rows), TRIES))
+        drawn = pool[self._rng.integers(len(pool), size=(len(rows), TRIES))]
         can, price = self._possible(rows, drawn, barred, up, free)
         chosen_from = can & (can.cumsum(axis=1) <= (1 if free else self._choices[rows][:, None]))
         misfit = np.abs(price - np.abs(self.left[rows]).T[:, :, None])  # (r, i, t)
@@ -110,10 +113,11 @@ class _Trade:
         move, price = np.where(found, drawn[every, best], NONE), price[:, every, best]
         if not found.all():  # the luck of the draw, or no move can
             missed = np.flatnonzero(~found)
-            all_moves = np.broadcast_to(np.arange(self._moves.count), (len(missed), self._moves.count))
-            can, prices = self._possible(rows[missed], all_moves, None if barred is None else barred[missed], up, free)
-            one = np.where(can, self._rng.random(can.shape), NONE).argmax(axis=1)
-            move[missed] = np.where(can[np.arange(len(missed)), one], one, NONE)
+            can, prices = self._possible(
+                rows[missed], np.broadcast_to(pool, (len(missed), len(pool))), barred, up, free
+            )
+            one = np.where(can, self._rng.random(can.shape, dtype=np.float32), NONE).argmax(axis=1)
+            move[missed] = np.where(can[np.arange(len(missed)), one], pool[one], NONE)
             price[:, missed] = prices[:, np.arange(len(missed)), one]
         return move, price
 
@@ -128,5 +132,5 @@ class _Trade:
         else:
             can = ((price > 0) & (left < 0)).any(axis=0)
         if barred is not None:
-            can &= ~np.take_along_axis(barred, moves, axis=1)
+            can &= ~barred[rows[:, None], moves]
         return can, price

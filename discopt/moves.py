@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from discopt.switches import NONE as NONE
+from discopt.switches import SwitchTables
+
 if TYPE_CHECKING:
     from discopt.space import Ints, Levels, SearchSpace
 
 Rows = NDArray[np.intp]
-NONE = -1
 
 
 class Moves:
@@ -26,6 +28,7 @@ class Moves:
 
     def __init__(self, space: SearchSpace) -> None:
         self.n = space.n
+        self.switches = SwitchTables(space)  # of steps within groups
         self.count = space.n + len(space.bundles)
         self._tables = {True: space.up, False: space.down}
         self._lowest, self._lifted = space.cheapest(), space.second
@@ -45,6 +48,8 @@ class Moves:
         reached = np.take_along_axis(self._above, np.maximum(space.up, 0)[None].astype(np.intp), axis=2)
         self._price[True][:, ((reached + company[:, :, None]) > spare[:, None, None]).any(axis=0)] = NONE
         self._lift[:, (self._lift > spare[:, None]).any(axis=0)] = NONE
+        ups = np.concatenate([self._price[True].reshape(space.r, -1), self._lift], axis=1)
+        self.least = ups.min(axis=1, where=ups >= 0, initial=np.iinfo(np.int64).max)  # (r,) what any move up adds
 
     def prices(self, profiles: Levels, moves: Rows, *, up: bool) -> Ints:
         """What moves up add, or moves down free: profiles (k, n), moves (k, t) -> (r, k, t); -1 for no such move."""

@@ -159,17 +159,20 @@ class _Run:
         return self._seconds_before + time.monotonic() - self._began
 
     def loop(self, objective: Objective, callbacks: Sequence[Callback]) -> StopReason:
+        interrupts = _Interrupts()
         try:
-            while (stop := self._stop()) is None:
-                query = self.optimizer.ask()
-                losses = evaluate(objective, query)
-                with _uninterrupted():
-                    line = self._record(query, losses)
-                    if time.monotonic() - self._saved >= self.checkpoint_seconds:
-                        self.save()
-                progress = Progress(line, self.optimizer.best, self.optimizer.fraction, self.seconds)
-                if any(callback(progress) for callback in callbacks):
-                    return self.optimizer.stop or StopReason.CALLBACK
+            with interrupts.watched():
+                while (stop := self._stop()) is None:
+                    query = self.optimizer.ask()
+                    losses = evaluate(objective, query)
+                    with interrupts:
+                        line = self._record(query, losses)
+                        if time.monotonic() - self._saved >= self.checkpoint_seconds:
+                            self.save()
+                    if callbacks:
+                        progress = Progress(line, self.optimizer.best, self.optimizer.fraction, self.seconds)
+                        if any(callback(progress) for callback in callbacks):
+                            return self.optimizer.stop or StopReason.CALLBACK
         except KeyboardInterrupt:
             logger.info("interrupted after %d evaluations", self.evaluations)
             return StopReason.INTERRUPTED
@@ -187,9 +190,9 @@ class _Run:
         if limits.seconds is not None and self.seconds >= limits.seconds:
             return StopReason.TIME
         query = self.optimizer.ask()
-        if limits.evaluations is not None and self.evaluations + len(query.population) > limits.evaluations:
-            return self._at_limit(StopReason.EVALUATIONS, len(query.population))
-        spent = len(query.population) * query.fidelity
+        if limits.evaluations is not None and self.evaluations + len(query) > limits.evaluations:
+            return self._at_limit(StopReason.EVALUATIONS, len(query))
+        spent = len(query) * query.fidelity
         if limits.fidelity is not None and self.total_fidelity + spent > limits.fidelity:
             return self._at_limit(StopReason.FIDELITY, spent)
         return None
@@ -203,7 +206,7 @@ class _Run:
         where = self.optimizer.describe()
         means = mean_loss(losses)
         self.optimizer.tell(query, losses)
-        finite = means[np.isfinite(means)]
+        finite = np.sort(means[np.isfinite(means)])
         self.evaluations += len(means)
         self.total_fidelity += len(means) * query.fidelity
         self.not_finite += len(means) - len(finite)
@@ -212,8 +215,8 @@ class _Run:
             **where,
             "fidelity": query.fidelity,
             "candidates": len(means),
-            "loss": float(finite.min()) if len(finite) else None,
-            "median": float(np.median(finite)) if len(finite) else None,
+            "loss": float(finite[0]) if len(finite) else None,
+            "median": _middle(finite) if len(finite) else None,
             "best": best if math.isfinite(best) else None,
             "not_finite": len(means) - len(finite),
             "evaluations": self.evaluations,
@@ -278,17 +281,43 @@ class _Run:
         )
 
 
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold back Ctrl-C while the optimizer and the run folder change, so that they always agree."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[tuple[int, FrameType | None]] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if held and callable(before):
-        before(*held[0])
+def _middle(ordered: Losses) -> float:
+    """The median of losses in order; np.median would take longer than all else in a line of the trace."""
+    return float(ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+
+
+class _Interrupts:
+    """Ctrl-C held back inside `with`, so that the optimizer and the run folder always agree; else as it ever was."""
+
+    def __init__(self) -> None:
+        self._before: Any = None
+        self._holding = False
+        self._held: list[tuple[int, FrameType | None]] = []
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """While this lasts; from other threads than the main one, and where Ctrl-C is ignored, it does nothing."""
+        before = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is not threading.main_thread() or not callable(before):
+            yield
+            return
+        self._before = before
+        signal.signal(signal.SIGINT, self._take)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self._holding:
+            self._held.append((number, frame))
+        else:
+            self._before(number, frame)
+
+    def __enter__(self) -> None:
+        self._holding = True
+
+    def __exit__(self, *error: object) -> None:
+        self._holding = False
+        if self._held:
+            self._before(*self._held.pop())

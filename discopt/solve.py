@@ -8,14 +8,14 @@ import logging
 import math
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from discopt.errors import DiscoptError, ObjectiveError, RunFolderError
 from discopt.folder import RunFolder, request_of
 from discopt.loading import Loaded, explain, load_problem, split_target
-from discopt.optimizers import EvoPress, EvoPressSettings, Plan, RandomSearch, Stage, StopReason
+from discopt.optimizers import ALGORITHMS, EvoPress, EvoPressSettings, Plan, Stage, StopReason
 from discopt.plots import plot_trace
 from discopt.progress import ProgressBar
 from discopt.report import option_words, profile_lines, solve_report
@@ -38,6 +38,9 @@ LIMIT_OPTIONS = {
 }
 _FINAL = (StopReason.GENERATIONS, StopReason.EXHAUSTED)
 _GOALS = (StopReason.TARGET, StopReason.STAGNATION)
+
+_EVOPRESS_ONLY = ("parents", "start_candidates", "start_fidelity", "switches", "rule")
+_WITHOUT_START = ("random", "exhaustive")
 
 _log = logging.getLogger(__name__)
 
@@ -67,12 +70,28 @@ class SolveRequest:
 
     def __post_init__(self) -> None:
         split_target(self.target)
-        if self.algorithm not in ("evopress", "random"):
-            raise ValueError(f"algorithm must be evopress or random, got {self.algorithm!r}")
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(f"algorithm must be {' or '.join(sorted(ALGORITHMS))}, got {self.algorithm!r}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
         self.settings()
         self.limits()
+        if self.algorithm != "evopress":
+            self._check_heard()
+            self.plan()
+
+    def _check_heard(self) -> None:
+        """Raise ValueError for an option that the algorithm would not hear."""
+        asked = f"algorithm {self.algorithm!r}"
+        for field in fields(self):
+            if field.name in _EVOPRESS_ONLY and getattr(self, field.name) != field.default:
+                raise ValueError(f"{field.name.replace('_', '-')} is for evopress alone, got it with {asked}")
+        if len(self.stages) > 1:
+            raise ValueError(f"{asked} takes one stage, 1@FIDELITY, got {' '.join(self.stages)}")
+        if self.start_profile is None and self.start != "auto":
+            raise ValueError(f"{asked} starts from a profile, or where it chooses, got start {self.start!r}")
+        if self.start_profile is not None and self.algorithm in _WITHOUT_START:
+            raise ValueError(f"{asked} has no start, got {self.start}")
 
     def settings(self) -> EvoPressSettings:
         stages = tuple(Stage.parse(stage) for stage in self.stages) or (Stage(self.parents, 1),)
@@ -97,13 +116,15 @@ class SolveRequest:
             stagnation=self.stagnation,
         )
 
+    def plan(self) -> Plan:
+        """What an algorithm without generations of its own may spend: as many profiles as they have offspring."""
+        fidelity = self.settings().stages[-1].fidelity
+        return Plan(self.generations * self.offspring, self.offspring, fidelity, self.start_profile)
+
     def optimizer(self, space: SearchSpace) -> Optimizer:
-        """Random search draws what the generations would have measured, at the last stage's fidelity."""
-        if self.algorithm == "random":
-            fidelity = self.settings().stages[-1].fidelity
-            plan = Plan(self.generations * self.offspring, self.offspring, fidelity)
-            return RandomSearch(space, plan, seed=self.seed)
-        return EvoPress(space, self.settings(), seed=self.seed)
+        if self.algorithm == "evopress":
+            return EvoPress(space, self.settings(), seed=self.seed)
+        return ALGORITHMS[self.algorithm](space, self.plan(), self.seed)
 
     def command_line(self, out: Path | None) -> str:
         """The command that asks for this."""
@@ -153,9 +174,8 @@ def finished(folder: RunFolder, changes: Mapping[str, Any]) -> dict[str, Any] | 
     results = _current_results(folder)
     if results is None:
         return None
-    stop, request = _stop(results), request_of(SolveRequest, folder.request["options"])
-    drawn = request.algorithm == "random" and results.get("evaluations", 0) >= request.generations * request.offspring
-    done = stop in _FINAL or drawn or (stop in _GOALS and not changes)
+    stop = _stop(results)
+    done = stop in _FINAL or results.get("complete", False) or (stop in _GOALS and not changes)
     return {**results, "folder": str(folder.path)} if done else None
 
 
@@ -211,7 +231,7 @@ def _search(
     except ObjectiveError as error:
         again = f"; mend it and go on with: discopt resume {folder.path}" if folder is not None else ""
         raise ObjectiveError(explain(error, loaded.path) + again, error.query) from error
-    results = _results(request, loaded, result, folder)
+    results = {**_results(request, loaded, result, folder), "complete": optimizer.done}
     if folder is not None:
         _write(request, loaded, result, results, folder)
     return results

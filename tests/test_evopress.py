@@ -243,3 +243,22 @@ def test_a_stage_that_is_none_is_refused(text: str) -> None:
 
 def test_a_stage_reads_as_it_is_written() -> None:
     assert Stage.parse(str(Stage(8, 2048))) == Stage(8, 2048)
+
+
+def linear_on_moves(query: Query) -> np.ndarray:
+    """As `linear`, from the losses of the bases and what each row changes of one."""
+    rows = query.candidates
+    owner = np.repeat(np.arange(len(rows)), np.diff(rows.start))
+    change = WEIGHTS[rows.unit] * (rows.level - rows.bases[rows.base[owner], rows.unit])
+    return -((rows.bases @ WEIGHTS)[rows.base] + np.bincount(owner, change, minlength=len(rows)))
+
+
+def test_rows_are_built_only_for_objectives_that_read_them() -> None:
+    space = SearchSpace.cardinality(24, 9)
+    chosen = EvoPressSettings(generations=20, offspring=8, stages=(Stage(4, 1), Stage(2, 2)), parents=2, start="random")
+    on_moves, on_rows = EvoPress(space, chosen), EvoPress(space, chosen)
+    generations = run(on_moves, linear_on_moves)[1:]
+    run(on_rows)
+    assert (on_moves.best.profile == on_rows.best.profile).all()
+    assert on_moves.best.loss == on_rows.best.loss
+    assert not any("population" in vars(query) for query in generations)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from discopt import SearchSpace
-from discopt.mutation import MAX_LEVEL_CHANGES, level_switch, offspring, raise_and_lower
+from discopt.mutation import MAX_LEVEL_CHANGES, level_switch, mutate, offspring, raise_and_lower
 
 RULES = ["within", "across", "exchange"]
 
@@ -104,3 +104,34 @@ def test_the_parents_are_left_alone(rule: str) -> None:
     before = parents.copy()
     offspring(parents, 10, space, np.random.default_rng(1), rule=rule)
     assert (parents == before).all()
+
+
+def test_offspring_change_only_what_differs_from_their_parent() -> None:
+    space = SearchSpace.build(np.tile([0, 1, 2], (5, 1)), 5)
+    children = mutate(np.ones((1, 5)), 30, space, np.random.default_rng(0), switches=(1, 1, 1, 1))
+    assert len(children) > 15
+    assert (children.level != 1).all()
+    assert all(len(set(change)) == len(change) for change in np.split(children.unit, children.start[1:-1]))
+
+
+def test_the_weights_of_the_switches_are_those_of_the_numbers_of_changes() -> None:
+    space = SearchSpace.build(np.tile(np.arange(9), (3000, 1)), 12_000)
+    count = 4000
+    children = mutate(np.full((1, 3000), 4), count, space, np.random.default_rng(0))
+    changes = np.bincount(np.diff(children.start), minlength=7)[[2, 4, 6]] / count  # of 1, 2 and 3 switches
+    expected = np.array([5, 3, 1]) / 9
+    assert (np.abs(changes - expected) < 5 * np.sqrt(expected * (1 - expected) / count) + 0.003).all()
+
+
+def test_a_group_without_a_pair_leaves_its_share_to_the_others() -> None:
+    space = SearchSpace.build(np.tile([0, 1, 2], (12, 1)), 14, group=[0] * 6 + [1] * 4 + [2] * 2)
+    parent = np.array([2] * 6 + [0, 0, 1, 1] + [0, 0], dtype=np.int16)
+    children = level_switch(np.tile(parent, (300, 1)), np.ones(300, dtype=int), space, np.random.default_rng(0))
+    assert (children[:, 6:10] != parent[6:10]).any(axis=1).all()
+    assert (np.delete(children, range(6, 10), axis=1) == np.delete(parent, range(6, 10))).all()
+
+
+def test_where_steps_differ_within_a_group_offspring_over_the_budget_are_left_out() -> None:
+    space = SearchSpace.build([[0, 1], [0, 2], [0, 3], [0, 4]], 5, group="none")
+    found = offspring(np.array([[0, 1, 1, 0]]), 20, space, np.random.default_rng(0), switches=(1,))
+    assert {tuple(row) for row in found.tolist()} == {(1, 0, 1, 0), (1, 1, 0, 0)}

@@ -16,6 +16,7 @@ from discopt.objective import Query, as_objective, mean_loss
 from discopt.problems import (
     PROBLEMS,
     Problem,
+    chain,
     coverage,
     exhaustive_minimum,
     feature_selection,
@@ -25,9 +26,11 @@ from discopt.problems import (
     nk,
     noisy,
     quadratic,
+    royal_road,
     separable,
     separable_minimum,
     switch_constant,
+    trap,
 )
 from discopt.space import SearchSpace
 
@@ -98,10 +101,21 @@ def test_each_problem_goes_by_its_name(problem):
         linear(10, 3, weights="equal"),
         leading_ones(9, 5),
         jump(9, 5, 3),
+        royal_road(9, 7, 3),
+        trap(12, 8, 4),
+        trap(10, 3, 5),
+        chain(8, 4, length=4),
+        chain(9, 3, length=3, costs="equal", share=0.5),
+        chain(6, 5, length=6, resources=2, strength=0.3),
         separable(6, 4),
+        separable(7, 4, resources=2, share=0.4),
+        separable(7, 4, costs="unequal", resources=2),
+        separable(7, 4, costs="unequal", priced=True),
+        separable(7, 4, costs="unequal", resources=2, priced=True),
         separable(6, 4, costs="unequal", share=0.37),
         quadratic(5, 4),
         quadratic(4, 3, costs="unequal", interaction=1.0),
+        quadratic(5, 4, costs="unequal", resources=2),
         nk(9, 4, 3),
         nk(6, 7, 2, m=3),
         coverage(9, 30),
@@ -191,6 +205,67 @@ def test_interaction_lets_a_dearer_level_hurt():
     assert (problem.loss(dearer) > problem.loss(rows)).any()
     without = quadratic(seed=0, interaction=0.0)
     assert (without.loss(dearer) <= without.loss(rows)).all()
+
+
+def test_two_resources_bind_beyond_the_first():
+    one, two = (separable(32, 5, costs="unequal", resources=r, seed=3) for r in (1, 2))
+    assert two.space.r == 2
+    np.testing.assert_array_equal(one.space.cost[0], two.space.cost[0])
+    assert (two.space.cost[1] != two.space.cost[0]).any()
+    apart = separable_minimum(SearchSpace.build(two.space.cost[:1], two.space.budget[:1]), two.objective.table)[0]
+    assert two.optimum > apart * 1.001
+
+
+def test_a_price_lowers_the_budget_by_little_and_proves_what_the_integer_program_finds():
+    priced, plain = (separable(224, 5, costs="unequal", priced=p, seed=1) for p in (True, False))
+    assert 0.98 * plain.space.budget[0] < priced.space.budget[0] <= plain.space.budget[0]
+    assert priced.optimum == pytest.approx(separable_minimum(priced.space, priced.objective.table)[0], rel=1e-12)
+
+
+def test_a_loose_budget_needs_no_price():
+    problem = separable(8, 4, share=1.0, priced=True)
+    assert problem.space.budget[0] == 24
+    assert problem.optimum == pytest.approx(problem.objective.table.min(axis=1).sum(), rel=1e-12)
+
+
+def test_a_chain_without_random_losses_is_separable():
+    problem = chain(12, 4, length=4, strength=0.0, seed=2)
+    own = problem.objective.table[:, ::4]
+    assert separable_minimum(problem.space, own)[0] == pytest.approx(problem.optimum, rel=1e-12)
+
+
+def test_a_chain_is_a_sum_over_neighbours_that_ends_with_each_chain():
+    problem = chain(8, 3, length=4, seed=1)
+    x = random_rows(problem, 4)
+    table = problem.objective.table.reshape(8, 3, 3)
+    for row, loss in zip(x, problem.loss(x), strict=True):
+        assert loss == pytest.approx(sum(table[i, row[i], row[(i + 1) % 8]] for i in range(8)), rel=1e-12)
+    last = [3, 7]
+    assert (table[last] == table[last][:, :, :1]).all() and (np.ptp(table[:3], axis=2) > 0).all()
+
+
+@pytest.mark.parametrize("problem", [trap(24, 12, 6, seed=1), royal_road(24, 12, 6, seed=1)], ids=lambda p: p.name)
+def test_only_a_block_kept_as_a_whole_loses_nothing(problem):
+    parts = problem.objective
+    x = np.zeros((7, 24), dtype=np.int16)
+    for kept in range(7):
+        x[kept, parts.order[0, :kept]] = 1
+    others = problem.loss(x)[0] - parts.table[0, 0]
+    own = problem.loss(x) - others
+    np.testing.assert_allclose(own, parts.table[0], atol=1e-15)
+    assert parts.table[0, 6] == 0 < parts.table[0, 5]
+
+
+def test_a_trap_draws_towards_half_full_blocks():
+    table = trap(24, 12, 6).objective.table
+    gain = -np.diff(table, axis=1)[:, :-1]  # of one more unit, short of a full block
+    assert (gain > 0).all() and (np.diff(gain, axis=1) < 0).all()
+    assert (table[:, 3] > 0.75 * table[:, 0]).all()  # so half of the blocks full, half empty loses less
+
+
+def test_a_royal_road_is_flat_until_a_block_is_full():
+    table = royal_road(24, 12, 6).objective.table
+    assert (table[:, :-1] == 1 / 4).all() and (table[:, -1] == 0).all()
 
 
 def test_an_nk_landscape_without_neighbours_is_separable():
@@ -330,6 +405,11 @@ def test_the_default_noise_is_as_large_as_the_spread_of_random_profiles():
         (lambda: separable(1), "at least 2 units and 2 levels, got n = 1"),
         (lambda: separable(costs="free"), "costs must be equal or unequal, got 'free'"),
         (lambda: separable(share=1.5), "share must lie from 0 to 1, got 1.5"),
+        (lambda: separable(resources=3), "resources must be 1 or 2, got 3"),
+        (lambda: chain(10, 3, length=4), "length must be from 2 to n = 10 and divide it, got 4"),
+        (lambda: chain(strength=-1), "strength must not be negative, got -1"),
+        (lambda: trap(10, 5, 4), "size must be from 2 to n = 10 and divide it, got 4"),
+        (lambda: royal_road(8, 8, 4), "ones must lie between 0 and n = 8, got 8"),
         (lambda: quadratic(interaction=-1), "interaction must lie from 0 to 1, got -1"),
         (lambda: nk(4, 2, 4), "k must lie from 0 to n - 1 = 3, got 4"),
         (lambda: nk(64, 2, 40), "got m = 2 and k = 40"),

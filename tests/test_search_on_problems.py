@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from itertools import product
 
 import numpy as np
 import pytest
 
-from discopt import EvoPress, EvoPressSettings, Limits, Plan, RandomSearch, Stage, minimize
+from discopt import EvoPress, EvoPressSettings, Limits, Plan, Stage, minimize
+from discopt.enumeration import count_profiles
+from discopt.optimizers import ALGORITHMS
+from discopt.optimizers.exhaustive import MAX_PROFILES
 from discopt.problems import (
     coverage,
     feature_selection,
@@ -56,13 +60,30 @@ def evopress(space, fidelity, seed, *, offspring=8, parents=1):
     return EvoPress(space, settings, seed=seed)
 
 
+def planned(name, *, evaluations=EVALUATIONS, batch=16):
+    def make(space, fidelity, seed):
+        return ALGORITHMS[name](space, Plan(evaluations, batch, fidelity), seed)
+
+    return make
+
+
 # name -> optimizer(space, fidelity, seed), free to use EVALUATIONS evaluations
 OPTIMIZERS = {
     "evopress (1+8)": evopress,
     "evopress (4+16)": lambda *which: evopress(*which, offspring=16, parents=4),
-    "random": lambda space, fidelity, seed: RandomSearch(space, Plan(evaluations=200, fidelity=fidelity), seed=seed),
+    **{name: planned(name) for name in ("hill-climbing", "annealing", "genetic", "additive")},
+    "exhaustive": planned("exhaustive"),
+    "random": planned("random", evaluations=200),
 }
-BASELINES = {"random"}  # not expected to reach an optimum
+BASELINES = {"random", "exhaustive"}  # not expected to reach an optimum in so many evaluations
+# Single exchanges do not cross a valley, a walk that has cooled does not mend the last misfit of unequal costs, and
+# a search that solves sums takes its time over what is none.
+TRAPPED = {
+    ("hill-climbing", "jump"),
+    ("annealing", "jump"),
+    ("annealing", "separable-unequal"),
+    ("additive", "quadratic"),
+}
 
 
 def solve(problem, optimizer, seed, **limits):
@@ -74,6 +95,8 @@ def solve(problem, optimizer, seed, **limits):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_answer_is_feasible_repeatable_and_no_worse_than_its_start(optimizer, name):
     problem = small(name)
+    if optimizer == "exhaustive" and count_profiles(problem.space, MAX_PROFILES) is None:
+        pytest.skip("too many profiles")
     first, second = (solve(problem, optimizer, seed=1, evaluations=300) for _ in range(2))
     np.testing.assert_array_equal(first.profile, second.profile)
     assert problem.space.feasible(first.profile[None])[0]
@@ -83,8 +106,10 @@ def test_every_answer_is_feasible_repeatable_and_no_worse_than_its_start(optimiz
     assert first.evaluations <= 300
 
 
-@pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name not in BASELINES])
+@pytest.mark.parametrize(
+    ("optimizer", "name"),
+    [pair for pair in product(OPTIMIZERS, SMALL) if pair[0] not in BASELINES and pair not in TRAPPED],
+)
 def test_the_known_optimum_is_reached(optimizer, name):
     problem = small(name)
     target = problem.optimum + 1e-9

@@ -118,8 +118,8 @@ class Measured:
         """The profile of a population (k, n) with the lowest loss, (n,), and the tokens it took to find it."""
         return population[int(np.argmin(self._losses(what, population)))], self._tokens(population)
 
-    def additive(self, genome: Genome, space: SearchSpace, centre: Levels) -> tuple[Levels, int]:
-        """The profile with the smallest sum of measured losses, exactly, (n,), and the tokens it took to find it.
+    def effects(self, genome: Genome, centre: Levels) -> tuple[NDArray[np.float64], int]:
+        """What each level of a unit adds to the loss by itself, (n, m), and the tokens it took to measure that.
 
         Each unit is measured once: at its level of `centre` (n,), all others being the teacher's. There a loss has no
         noise of other units' errors in it; around a compressed profile the effect of one unit drowns in that. Its
@@ -133,7 +133,7 @@ class Measured:
         floor = max(LEAST_EFFECT * float(np.median(effect)), np.finfo(float).tiny)  # noise must not make a unit free
         error = genome.errors[units, centre]
         weight = np.maximum(effect, floor) / np.where(error > 0, error, 1.0)
-        return solve_separable(space, weight[:, None] * genome.errors), self._tokens(alone)
+        return weight[:, None] * genome.errors, self._tokens(alone)
 
     def _losses(self, what: str, population: Levels) -> NDArray[np.float64]:
         """Mean losses of a population (k, n), (k,); infinite where one is not a number."""

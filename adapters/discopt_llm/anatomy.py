@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from discopt_llm.errors import ModelError
+from discopt_llm.errors import ModelError, typed_line
 from discopt_llm.parts import Kind, Part, close, read_parts
 from discopt_llm.replay import (
     Arguments,
@@ -167,6 +167,12 @@ def _blocks_name(lists: Mapping[str, nn.ModuleList], trace: _Trace, depth: int) 
             f"looked for one list of {depth} blocks (num_hidden_layers in its config), each run once and in order, "
             f"found {' and '.join(found) or 'none'}"
         )
+    places: dict[nn.Module, int] = {}
+    for index, block in enumerate(lists[found[0]]):
+        if places.setdefault(block, index) != index:
+            raise ModelError(
+                f"looked for blocks that run once each, but {found[0]}.{places[block]} and {found[0]}.{index} are one"
+            )
     return found[0]
 
 
@@ -223,7 +229,7 @@ def _check_replay(model: nn.Module, anatomy: Anatomy, ids: Tensor) -> None:
             hidden = output
         logits = project(model, anatomy, last_hidden(anatomy, hidden))
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ModelError(f"looked for blocks that run one by one, but got {_line(error)}") from error
+        raise ModelError(f"looked for blocks that run one by one, but got {typed_line(error)}") from error
     if not close(expected, logits, LOGITS_SLACK):
         raise ModelError(
             "looked for blocks that pass on hidden states and nothing else, but running them one by one gives other "
@@ -256,17 +262,12 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     try:
         output = model(input_ids=ids, use_cache=False)
     except Exception as error:  # a model's own code may raise anything
-        raise ModelError(f"expected it to run on token ids alone, got {_line(error)}") from error
+        raise ModelError(f"expected it to run on token ids alone, got {typed_line(error)}") from error
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape:
         got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise ModelError(f"expected it to answer token ids {tuple(ids.shape)} with logits for each, got {got}")
     return logits
-
-
-def _line(error: Exception) -> str:
-    text = (str(error).strip() or "no message").splitlines()[0].rstrip(" :")
-    return f"{type(error).__name__}: {text}"
 
 
 @contextmanager

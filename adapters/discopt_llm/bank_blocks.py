@@ -21,7 +21,7 @@ from torch import Tensor
 from discopt.encoding import checksum
 from discopt_llm.bank_forms import Form, Sparse, form_costs, from_parts, to_parts
 from discopt_llm.bank_manifest import BUILD_AGAIN, BankLayer, check_layers, expect
-from discopt_llm.errors import BankError
+from discopt_llm.errors import BankError, one_line
 
 __all__ = ["StoredBlock", "encode_block"]
 
@@ -163,5 +163,4 @@ def _digest(names: Iterable[str], read: Callable[[str], Tensor]) -> str:
 
 
 def _damaged(path: Path, error: Exception) -> BankError:
-    line = (str(error).splitlines() or [type(error).__name__])[0]
-    return BankError(f"{path} is damaged: {line}; {BUILD_AGAIN}")
+    return BankError(f"{path} is damaged: {one_line(error)}; {BUILD_AGAIN}")

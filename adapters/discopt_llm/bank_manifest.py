@@ -7,7 +7,6 @@ Nothing in it depends on when or where it was written.
 from __future__ import annotations
 
 import json
-import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from discopt.encoding import checksum, plain, restore
 from discopt_llm.bank_forms import VALUE_BITS, Costs
-from discopt_llm.errors import BankError
+from discopt_llm.errors import BankError, one_line, short
 from discopt_llm.parts import Kind
 
 __all__ = [
@@ -41,8 +40,6 @@ KINDS = ("quantization", "sparsity")
 BUILD_AGAIN = "build the bank again"
 
 _LARGEST = 2**53  # of the integers in a manifest: beyond any model, and exact in every reader of JSON
-_REPR = reprlib.Repr()
-_REPR.maxstring = 100  # characters of a wrong value in an error message
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +70,7 @@ class BankLayer:
             object.__setattr__(self, field, _frozen(getattr(self, field), kind, m, field))
         object.__setattr__(self, "present", _frozen(self.present, np.bool_, m, "present"))
         if self.kind not in get_args(Kind):
-            raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {_short(self.kind)}")
+            raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {short(self.kind)}")
         if min(self.matrices, self.rows, self.columns) < 1 or self.dense > _LARGEST:
             raise ValueError(f"matrices, rows and columns must be at least 1, got {self.shape}")
         if min(self.block, self.input) < 0:
@@ -190,13 +187,12 @@ class Manifest:
         try:
             data = expect(json.loads(text, parse_constant=_refuse_constant), dict, "the file")
             if data.get("format") != FORMAT:
-                raise BankError(f"{path} is not ours: expected format {FORMAT!r}, got {_short(data.get('format'))}")
+                raise BankError(f"{path} is not ours: expected format {FORMAT!r}, got {short(data.get('format'))}")
             if data.get("version") != VERSION or isinstance(data["version"], bool):
-                raise BankError(f"{path}: expected version {VERSION}, got {_short(data.get('version'))}")
+                raise BankError(f"{path}: expected version {VERSION}, got {short(data.get('version'))}")
             return cls._of(data)
         except (ValueError, OverflowError, RecursionError) as error:
-            line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise BankError(f"{path} is damaged: {line}; {BUILD_AGAIN}") from None
+            raise BankError(f"{path} is damaged: {one_line(error)}; {BUILD_AGAIN}") from None
 
     @classmethod
     def _of(cls, data: Mapping[str, Any]) -> Manifest:
@@ -214,7 +210,7 @@ class Manifest:
         if fingerprint != manifest.fingerprint:
             raise ValueError(
                 f"its content does not match its fingerprint: expected {manifest.fingerprint[:12]}, "
-                f"got {_short(fingerprint[:12])}"
+                f"got {short(fingerprint[:12])}"
             )
         return manifest
 
@@ -245,11 +241,11 @@ def check_header(header: Mapping[str, Any]) -> None:
     """Raise ValueError unless the header says kind, settings, labels, model, calibration and number of blocks."""
     kind = expect(header.get("kind"), str, "kind")
     if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {_short(kind)}")
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {short(kind)}")
     expect(header.get("settings"), dict, "settings")
     labels = [expect(label, str, "a label") for label in expect(header.get("labels"), list, "labels")]
     if not labels or not all(labels) or any("/" in label for label in labels) or len({*labels}) < len(labels):
-        raise ValueError(f"labels must be different names without a slash, got {_short(labels)}")
+        raise ValueError(f"labels must be different names without a slash, got {short(labels)}")
     model = expect(header.get("model"), dict, "model")
     expect(model.get("source"), str, "model's source")
     expect(model.get("fingerprint"), str, "model's fingerprint")
@@ -264,10 +260,10 @@ def check_layers(layers: Sequence[BankLayer], blocks: int) -> None:
         raise ValueError("expected at least one layer, got none")
     numbers = [layer.block for layer in layers]
     if numbers != sorted(numbers) or any(number >= blocks for number in numbers):
-        raise ValueError(f"layers must come block by block, 0 to {blocks - 1}, got {_short(numbers)}")
+        raise ValueError(f"layers must come block by block, 0 to {blocks - 1}, got {short(numbers)}")
     name, times = Counter(layer.name for layer in layers).most_common(1)[0]
     if times > 1:
-        raise ValueError(f"names of layers must differ, got {_short(name)} {times} times")
+        raise ValueError(f"names of layers must differ, got {short(name)} {times} times")
 
 
 def expect(value: Any, kind: type, what: str) -> Any:
@@ -275,9 +271,9 @@ def expect(value: Any, kind: type, what: str) -> Any:
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         words = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number"}
-        raise ValueError(f"{what} must be {words.get(kind, 'true or false')}, got {_short(value)}")
+        raise ValueError(f"{what} must be {words.get(kind, 'true or false')}, got {short(value)}")
     if isinstance(value, int) and abs(value) > _LARGEST:
-        raise ValueError(f"{what} must be a whole number below 2^53, got {_short(value)}")
+        raise ValueError(f"{what} must be a whole number below 2^53, got {short(value)}")
     return value
 
 
@@ -292,7 +288,7 @@ def _file(entry: Any, block: int) -> BlockFile:
     kinds = {"name": str, "bytes": int, "sha256": str}
     file = BlockFile(**{field: expect(entry.get(field), kind, f"a file's {field}") for field, kind in kinds.items()})
     if file.name != block_name(block):  # a plain name, never a path
-        raise ValueError(f"the file of block {block} must be {block_name(block)}, got {_short(file.name)}")
+        raise ValueError(f"the file of block {block} must be {block_name(block)}, got {short(file.name)}")
     return file
 
 
@@ -306,7 +302,3 @@ def _frozen(values: ArrayLike, kind: type, m: int, what: str) -> NDArray[Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"expected strict JSON, got {name}")
-
-
-def _short(value: object) -> str:
-    return _REPR.repr(value)

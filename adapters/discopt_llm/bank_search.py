@@ -5,19 +5,20 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from discopt.folder import RunFolder
+from discopt.separable import solve_separable
 from discopt.space import Levels as LevelNumbers
 from discopt.space import SearchSpace
 from discopt_llm import allocation
 from discopt_llm.allocation import Measured
-from discopt_llm.bank import Bank
-from discopt_llm.banks import METHODS, BankRequest, bank_plan, bank_words, default_folder
+from discopt_llm.bank import Bank, BankLayer
+from discopt_llm.banks import METHODS, OPTIONS, BankRequest, bank_plan, bank_words, default_folder
 from discopt_llm.budget import Budget
 from discopt_llm.build import build_bank
 from discopt_llm.errors import BankError
@@ -25,14 +26,13 @@ from discopt_llm.evaluator import Evaluator
 from discopt_llm.fitness import fitness_by_name
 from discopt_llm.genome import GROUPS, Genome
 from discopt_llm.heldout import Method
-from discopt_llm.layers import Layer, read_layers
 from discopt_llm.levels import BankLevels
 from discopt_llm.models import LoadedModel
 from discopt_llm.presets import QUANTIZATION_PRESETS, SPARSITY_PRESETS, Preset
 from discopt_llm.profile import BankReference, Profile
 from discopt_llm.profile_text import labels_from_levels, text_from_labels
 from discopt_llm.report import levels_listing, met_words, plot_levels
-from discopt_llm.search import STARTS, Heuristics, Prepared, Say, SearchRequest, Task, _log, feasible_start, resume
+from discopt_llm.search import STARTS, Heuristics, Prepared, Say, SearchRequest, Task, feasible_start, resume
 from discopt_llm.students import genome_of, open_banks, parameters_outside, read_bank_student
 
 DROP = "drop"
@@ -43,7 +43,7 @@ _TRADES = {
     "none": "Each layer has a level of its own; all may trade.",
     "runtime": "Layers that inference engines fuse (q, k, v; gate, up) have one level.",
 }
-_OPTIONS = {"quantization": ("widths", "group_size", "symmetric"), "sparsity": ("levels", "step")}  # of one kind
+_RENAMED = {"bits": "widths"}  # options of a bank that are called otherwise here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class BankSearchRequest(SearchRequest):
 
     def _check_bank_options(self) -> None:
         """Raise ValueError for options that would go unheard."""
-        of_kind = {name: kind for kind, names in _OPTIONS.items() for name in names}
+        of_kind = {_RENAMED.get(name, name): kind for kind, names in OPTIONS.items() for name in names}
         for field in fields(self):
             if field.name not in (*of_kind, "method", "bank_tokens") or getattr(self, field.name) == field.default:
                 continue
@@ -117,51 +117,54 @@ class BankSearchRequest(SearchRequest):
 
     def check(self, loaded: LoadedModel) -> None:
         """Raises DiscoptError for a budget that no profile meets, as far as that is known before a bank is built."""
-        genome = self._opened(loaded, self.banks)[2] if self.banks else self._planned(loaded)
+        # Checksums, which take reading whole banks, are compared when the task opens them.
+        genome = self._genome(loaded, self._opened(loaded, verify=False)) if self.banks else self._planned(loaded)
         space = genome.space(self.budget, self.group)
         if self.chosen.start not in STARTS:
             feasible_start(self.chosen.start, read_bank_student(self.chosen.start, loaded, genome), space)
 
     def task(self, loaded: LoadedModel, out: Path, *, quiet: bool, say: Say) -> BankTask:
         """The units and levels of this model, with the banks that hold them."""
-        folders = self.banks or self._built(loaded, out, quiet=quiet, say=say)
-        layers, banks, genome = self._opened(loaded, folders)
+        banks = self._opened(loaded) if self.banks else self._built(loaded, out, quiet=quiet, say=say)
+        genome = self._genome(loaded, banks)
         space = genome.space(self.budget, self.group)
-        return BankTask(self, loaded, BankLevels(loaded, layers, genome, banks), space)
+        return BankTask(self, loaded, BankLevels(loaded, loaded.layers, genome, banks), space)
 
-    def _built(self, loaded: LoadedModel, out: Path, *, quiet: bool, say: Say) -> tuple[str, ...]:
-        """The folders of the banks that the options ask for, built where they are not there yet."""
-        folders = []
+    def _built(self, loaded: LoadedModel, out: Path, *, quiet: bool, say: Say) -> list[Bank]:
+        """The banks that the options ask for, built where they are not there yet."""
+        banks = []
         for kind in self.bank_kinds:
             plan = bank_plan(
                 self._bank_request(kind), loaded, at_most=self.chosen.bank_tokens, length=self.chosen.sequence_length
             )
-            folders.append(default_folder(plan, out.parent))
-            say(f"bank: {folders[-1]}")
-            build_bank(plan, folders[-1], quiet=quiet)
-        return tuple(map(str, folders))
+            folder = default_folder(plan, out.parent)
+            say(f"bank: {folder}")
+            banks.append(build_bank(plan, folder, quiet=quiet))
+        return banks
 
     def _planned(self, loaded: LoadedModel) -> Genome:
         """What banks that are yet to be built will make of the model, but for their errors."""
-        layers = read_layers(loaded.model, loaded.anatomy)
-        recipes = {kind: self._bank_request(kind).recipe(layers, loaded.dtype) for kind in self.bank_kinds}
-        # Errors that fall as bytes grow, so that each form is worth having.
-        planned = {
-            kind: [replace(costs, errors=-costs.bytes.astype(np.float64)) for costs in map(recipe.planned, layers)]
-            for kind, recipe in recipes.items()
-        }
-        tables = {kind: (planned[kind], recipe.labels) for kind, recipe in recipes.items()}
-        return genome_of(tables, self.unit, parameters_outside(loaded, layers), drop=self.drops)
+        tables: dict[str, tuple[Sequence[BankLayer], Sequence[str]]] = {}
+        for kind in self.bank_kinds:
+            recipe = self._bank_request(kind).recipe(loaded.layers, loaded.dtype)
+            planned = map(recipe.planned, loaded.layers)
+            # Errors that fall as bytes grow, so that each form is worth having.
+            costs = [replace(layer, errors=-layer.bytes.astype(np.float64)) for layer in planned]
+            tables[kind] = costs, recipe.labels
+        return genome_of(tables, self.unit, parameters_outside(loaded), drop=self.drops)
 
-    def _opened(self, loaded: LoadedModel, folders: Sequence[str]) -> tuple[tuple[Layer, ...], list[Bank], Genome]:
-        """Banks, and what they make of the model."""
-        layers, banks = open_banks(folders, loaded)
+    def _opened(self, loaded: LoadedModel, *, verify: bool = True) -> list[Bank]:
+        """The banks that were given, in the order of their kinds."""
+        banks = open_banks(self.banks, loaded, verify=verify)
         if sorted(bank.kind for bank in banks) != sorted(self.bank_kinds):
             got = ", ".join(f"{bank.path} of kind {bank.kind}" for bank in banks)
             raise BankError(f"expected a bank of kind {' and '.join(self.bank_kinds)}, got {got}")
-        banks.sort(key=lambda bank: self.bank_kinds.index(bank.kind))
+        return sorted(banks, key=lambda bank: self.bank_kinds.index(bank.kind))
+
+    def _genome(self, loaded: LoadedModel, banks: Sequence[Bank]) -> Genome:
+        """What banks make of the model."""
         tables = {bank.kind: (bank.layers, bank.labels) for bank in banks}
-        return layers, banks, genome_of(tables, self.unit, parameters_outside(loaded, layers), drop=self.drops)
+        return genome_of(tables, self.unit, parameters_outside(loaded), drop=self.drops)
 
     def _bank_request(self, kind: str) -> BankRequest:
         own: dict[str, Any] = (
@@ -297,6 +300,7 @@ class BankTask(Task):
         measured = Measured(evaluator, sample, fitness_by_name(request.fitness), quiet=quiet)
         uniform = allocation.uniform(genome, space)
         profiles: dict[str, tuple[LevelNumbers, int]] = {}
+        effects: NDArray[np.float64] | None = None
         competes = chosen.start == "heuristics"
         for name in request.known_baselines:
             if name not in request.compared and not (competes and name != "random"):
@@ -306,7 +310,8 @@ class BankTask(Task):
             elif name == "additive":
                 profiles[name] = allocation.additive(genome, space), 0
             elif name == "measured":
-                profiles[name] = measured.additive(genome, space, uniform)
+                effects, tokens = measured.effects(genome, uniform)
+                profiles[name] = solve_separable(space, effects), tokens
             elif name == "random":
                 rng = np.random.default_rng((request.seed, 1))
                 profiles[name] = measured.best("random profiles", space.random(chosen.start_candidates, rng))
@@ -322,6 +327,10 @@ class BankTask(Task):
             rivals=tuple(rivals),
             tokens=sum(tokens for name, (_, tokens) in profiles.items() if name != "random"),
             start=uniform,
+            references=tuple(
+                profile for name, (profile, _) in profiles.items() if name in ("uniform", "additive", "measured")
+            ),
+            prior=effects,
         )
 
     def document(self, profile: LevelNumbers) -> Profile:
@@ -361,16 +370,7 @@ class BankTask(Task):
         plot_levels(self.genome, profile, path)
 
 
-def resume_quantize(folder: RunFolder, *, quiet: bool, say: Say = _log.warning) -> dict[str, Any]:
-    """Go on with a run of `discopt llm quantize`."""
-    return resume(QuantizeRequest, folder, quiet=quiet, say=say)
-
-
-def resume_sparsify(folder: RunFolder, *, quiet: bool, say: Say = _log.warning) -> dict[str, Any]:
-    """Go on with a run of `discopt llm sparsify`."""
-    return resume(SparsifyRequest, folder, quiet=quiet, say=say)
-
-
-def resume_compress(folder: RunFolder, *, quiet: bool, say: Say = _log.warning) -> dict[str, Any]:
-    """Go on with a run of `discopt llm compress`."""
-    return resume(CompressRequest, folder, quiet=quiet, say=say)
+# What `discopt resume` calls, by entry points.
+resume_quantize = partial(resume, QuantizeRequest)
+resume_sparsify = partial(resume, SparsifyRequest)
+resume_compress = partial(resume, CompressRequest)

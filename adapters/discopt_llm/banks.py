@@ -13,11 +13,10 @@ from typing import Any
 import torch
 
 from discopt_llm.bank import Bank
-from discopt_llm.bank_manifest import MANIFEST, Manifest
 from discopt_llm.build import DENSE, BankPlan, build_bank
 from discopt_llm.calibration import load_calibration
 from discopt_llm.export.folder import size
-from discopt_llm.layers import Layer, read_layers
+from discopt_llm.layers import Layer
 from discopt_llm.models import LoadedModel, load_model
 from discopt_llm.quantization import QuantizationSettings
 from discopt_llm.recipes import QuantizationRecipe, Recipe, SparsityRecipe
@@ -26,6 +25,7 @@ from discopt_llm.sparsity import SparsitySettings
 
 __all__ = [
     "METHODS",
+    "OPTIONS",
     "BankRequest",
     "BankSummary",
     "bank_plan",
@@ -38,7 +38,7 @@ __all__ = [
 METHODS = {"quantization": ("gptq", "rtn"), "sparsity": ("sparsegpt", "wanda", "magnitude")}
 SEQUENCE_LENGTH = 2048
 STEPS_PER_LAYER = 32  # of the mean layer, unless --step says more or less
-_ONLY = {  # options of one kind
+OPTIONS = {  # of one kind, as BankRequest has them
     "quantization": ("bits", "group_size", "symmetric", "act_order", "scales"),
     "sparsity": ("target", "levels", "step"),
 }
@@ -77,7 +77,7 @@ class BankRequest:
             )
         other = next(kind for kind in METHODS if kind != self.kind)
         defaults = {field.name: field.default for field in fields(self)}
-        if misplaced := [name for name in _ONLY[other] if getattr(self, name) != defaults[name]]:
+        if misplaced := [name for name in OPTIONS[other] if getattr(self, name) != defaults[name]]:
             raise ValueError(f"{misplaced[0]} is an option of kind {other}, got kind {self.kind}")
         self._settings()
         if self.kind == "sparsity":
@@ -132,7 +132,7 @@ def bank_plan(
     at_most: tokens of the text to use where the request does not say how many; less where there is less.
     length: tokens in a sequence where the request does not say; less where the model has fewer positions.
     """
-    layers = read_layers(loaded.model, loaded.anatomy)
+    recipe = request.recipe(loaded.layers, loaded.dtype)
     text = load_calibration(
         request.calibration,
         loaded.tokenizer,
@@ -140,7 +140,7 @@ def bank_plan(
         tokens=request.calibration_tokens,
         at_most=at_most,
     )
-    return BankPlan(loaded, layers, request.recipe(layers, loaded.dtype), text, request.propagated)
+    return BankPlan(loaded, loaded.layers, recipe, text, request.propagated)
 
 
 def default_folder(plan: BankPlan, runs: Path) -> Path:
@@ -210,9 +210,4 @@ def make_bank(request: BankRequest, out: Path, *, force: bool, quiet: bool, say:
     loaded = load_model(
         request.model, device=request.device, dtype=request.dtype, trust_remote_code=request.trust_remote_code
     )
-    plan = bank_plan(request, loaded)
-    finished = not force and (out / MANIFEST).is_file() and Manifest.read(out).complete
-    bank = build_bank(plan, out, force=force, quiet=quiet)
-    if finished:
-        say(f"{out} is there already, built with the same options")
-    return bank
+    return build_bank(bank_plan(request, loaded), out, force=force, quiet=quiet, say=say)

@@ -9,8 +9,9 @@ was stopped goes on after the last block it wrote: the inputs are brought there 
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +44,8 @@ __all__ = ["BankPlan", "build_bank"]
 DENSE = "dense"
 OWL_MULTIPLES = (3.0, 5.0, 7.0, 10.0)  # a weight counts as an outlier above so many times the mean (OWL)
 _SOLVE_STEPS = 8  # of the progress bar, for the solves of a block
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,12 +99,17 @@ class BankPlan:
         }
 
 
-def build_bank(plan: BankPlan, out: Path, *, force: bool = False, quiet: bool = False) -> Bank:
+def build_bank(
+    plan: BankPlan, out: Path, *, force: bool = False, quiet: bool = False, say: Callable[[str], None] = _log.info
+) -> Bank:
     """Build a bank, or go on with one that was stopped; a finished one of the same plan is opened as it is.
+
+    say: is told where there was nothing to build.
 
     Raises BankError where something else is at `out`, RunFolderError if it cannot be written.
     """
     if not force and (found := _finished(plan, out)) is not None:
+        say(f"{out} is there already, built with the same options")
         return found
     writer = BankWriter.begin(out, plan.header, force=force)
     # Throughout, so that the inputs of a build that goes on are those of one that was never stopped, to the last bit.
@@ -179,9 +187,8 @@ class _Inputs:
 def _level_weights(plan: BankPlan, writer: BankWriter, layers: Sequence[Layer]) -> dict[str, Tensor]:
     """The weights of a block's layers at the level that makes the next block's inputs."""
     level = plan.recipe.labels.index(plan.propagate)
-    names = {id(parameter): name for name, parameter in plan.loaded.model.named_parameters()}
     return {
-        names[id(layer.parameter)]: layer.to_parameter(
+        layer.parameter_name: layer.to_parameter(
             writer.weights(layer.block, layer.name, level, plan.loaded.device).to(layer.parameter.dtype)
         )
         for layer in layers

@@ -57,6 +57,17 @@ class Calibration:
         """N * L, the most that a sample can have."""
         return self.sequences.numel()
 
+    def split(self, tokens: int) -> tuple[Calibration, Calibration]:
+        """All but the last whole sequences that hold `tokens`, and these; each side has one at least.
+
+        Raises DataError if there is a single sequence.
+        """
+        count = len(self.sequences)
+        if count < 2:
+            raise DataError(f"{self.source} has one sequence of {self.sequence_length:,} tokens, which cannot be split")
+        kept = min(max(count - -(-tokens // self.sequence_length), 1), count - 1)
+        return Calibration(self.sequences[:kept], self.source), Calibration(self.sequences[kept:], self.source)
+
     def sample(self, fidelity: int, seed: int) -> tuple[Tensor, ...]:
         """Draw exactly `fidelity` tokens: whole sequences without replacement, the last one cut: tuple of (L_i,).
 

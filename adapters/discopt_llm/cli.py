@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from discopt.console import checked, only_json_on_stdout, terminated_as_interrupted
 from discopt_llm import cli_options as o
+from discopt_llm.cli_compare import compare
 from discopt_llm.cli_run import (
     interrupted,
     need_llm,
@@ -26,6 +27,7 @@ app = typer.Typer(name="llm", no_args_is_help=True, help="Compress a language mo
 
 
 @app.command()
+@o.with_search_options
 def drop(
     ctx: typer.Context,
     model: o.Model,
@@ -35,27 +37,7 @@ def drop(
         str, o.levels(metavar="sublayer|block|pair", help="What is dropped at a time.", show_default=True)
     ] = "sublayer",
     protect: Annotated[str, o.levels(metavar="BLOCKS", help="Blocks never to drop, such as 0,1,28-29.")] = "",
-    preset: o.Preset = "fast",
-    generations: o.Generations = None,
-    offspring: o.Offspring = None,
-    stages: o.Stages = None,
-    start: o.Start = None,
-    fitness: o.Fitness = "kl",
-    max_seconds: o.MaxSeconds = None,
-    calibration: o.CalibrationSource = "builtin",
-    calibration_tokens: o.CalibrationTokens = None,
-    sequence_length: o.SequenceLength = None,
-    eval_data: o.EvalData = None,
-    eval_tokens: o.EvalTokens = None,
-    out: o.Out,
-    baselines: o.Baselines = None,
-    device: o.Device = "auto",
-    dtype: o.Dtype = "auto",
-    trust_remote_code: o.TrustRemoteCode = False,
-    seed: o.Seed = 0,
-    force: o.Force = False,
-    as_json: o.Json = False,
-    quiet: o.Quiet = False,
+    **_: Any,
 ) -> None:
     """Drop attention and MLP sub-blocks, or whole blocks, chosen by evolutionary search on the real loss.
 
@@ -156,6 +138,7 @@ def bank(
 
 
 @app.command()
+@o.with_search_options
 def quantize(
     ctx: typer.Context,
     model: o.Model,
@@ -170,27 +153,7 @@ def quantize(
     group_size: o.GroupSize = 128,
     symmetric: o.Symmetric = False,
     bank_tokens: o.BankTokens = None,
-    preset: o.Preset = "fast",
-    generations: o.Generations = None,
-    offspring: o.Offspring = None,
-    stages: o.Stages = None,
-    start: o.Start = None,
-    fitness: o.Fitness = "kl",
-    max_seconds: o.MaxSeconds = None,
-    calibration: o.CalibrationSource = "builtin",
-    calibration_tokens: o.CalibrationTokens = None,
-    sequence_length: o.SequenceLength = None,
-    eval_data: o.EvalData = None,
-    eval_tokens: o.EvalTokens = None,
-    out: o.Out,
-    baselines: o.Baselines = None,
-    device: o.Device = "auto",
-    dtype: o.Dtype = "auto",
-    trust_remote_code: o.TrustRemoteCode = False,
-    seed: o.Seed = 0,
-    force: o.Force = False,
-    as_json: o.Json = False,
-    quiet: o.Quiet = False,
+    **_: Any,
 ) -> None:
     """Choose a bit width for every layer by evolutionary search on the real loss, within a budget.
 
@@ -212,6 +175,7 @@ def quantize(
 
 
 @app.command()
+@o.with_search_options
 def sparsify(
     ctx: typer.Context,
     model: o.Model,
@@ -228,27 +192,7 @@ def sparsify(
     levels: o.LevelCount = 17,
     step: o.Step = None,
     bank_tokens: o.BankTokens = None,
-    preset: o.Preset = "fast",
-    generations: o.Generations = None,
-    offspring: o.Offspring = None,
-    stages: o.Stages = None,
-    start: o.Start = None,
-    fitness: o.Fitness = "kl",
-    max_seconds: o.MaxSeconds = None,
-    calibration: o.CalibrationSource = "builtin",
-    calibration_tokens: o.CalibrationTokens = None,
-    sequence_length: o.SequenceLength = None,
-    eval_data: o.EvalData = None,
-    eval_tokens: o.EvalTokens = None,
-    out: o.Out,
-    baselines: o.Baselines = None,
-    device: o.Device = "auto",
-    dtype: o.Dtype = "auto",
-    trust_remote_code: o.TrustRemoteCode = False,
-    seed: o.Seed = 0,
-    force: o.Force = False,
-    as_json: o.Json = False,
-    quiet: o.Quiet = False,
+    **_: Any,
 ) -> None:
     """Choose a sparsity for every layer by evolutionary search on the real loss, within a budget.
 
@@ -268,6 +212,7 @@ def sparsify(
 
 
 @app.command()
+@o.with_search_options
 def compress(
     ctx: typer.Context,
     model: o.Model,
@@ -285,27 +230,7 @@ def compress(
     levels: o.LevelCount = 17,
     step: o.Step = None,
     bank_tokens: o.BankTokens = None,
-    preset: o.Preset = "fast",
-    generations: o.Generations = None,
-    offspring: o.Offspring = None,
-    stages: o.Stages = None,
-    start: o.Start = None,
-    fitness: o.Fitness = "kl",
-    max_seconds: o.MaxSeconds = None,
-    calibration: o.CalibrationSource = "builtin",
-    calibration_tokens: o.CalibrationTokens = None,
-    sequence_length: o.SequenceLength = None,
-    eval_data: o.EvalData = None,
-    eval_tokens: o.EvalTokens = None,
-    out: o.Out,
-    baselines: o.Baselines = None,
-    device: o.Device = "auto",
-    dtype: o.Dtype = "auto",
-    trust_remote_code: o.TrustRemoteCode = False,
-    seed: o.Seed = 0,
-    force: o.Force = False,
-    as_json: o.Json = False,
-    quiet: o.Quiet = False,
+    **_: Any,
 ) -> None:
     """Mix dropping, sparsity and quantization: one search over all of them, at one size.
 
@@ -403,3 +328,6 @@ def apply_run(
             run, out, banks=tuple(banks or ()), dtype=dtype, device=device, force=force, verify=verify
         )
     typer.echo(json.dumps(summary.to_dict()) if as_json else summary.sentence)
+
+
+app.command("compare")(compare)

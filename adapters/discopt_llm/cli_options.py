@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
+
+_Command = TypeVar("_Command", bound=Callable[..., None])
 
 SOURCES = "builtin, a .txt, .jsonl or .parquet file, wikitext2, c4, fineweb-edu, or hf:NAME[:CONFIG[:SPLIT[:COLUMN]]]"
 
@@ -56,6 +60,14 @@ Stages = Annotated[
     list[str] | None,
     search("--stage", metavar="SURVIVORS@TOKENS", help="A stage of selection; once for each, such as 2@2048."),
 ]
+Algorithm = Annotated[
+    str | None,
+    search(
+        metavar="learning|evopress",
+        help="Search with a model of the loss that learns, and a final choice on text kept apart (fast, demo), or as "
+        "EvoPress does (preset paper). For the same options both spend as many tokens.",
+    ),
+]
 Start = Annotated[
     str | None,
     search(
@@ -86,7 +98,8 @@ Group = Annotated[
     str,
     levels(
         metavar="size|name|none|runtime",
-        help="Which units may trade: those with as many weights, those of one name, or all. runtime is size, with "
+        help="Which units may trade in a search as EvoPress does it: those with as many weights, those of one name, or "
+        "all, as in the learning one. runtime is size, with "
         "the layers that inference engines fuse (q, k, v; gate, up) as one unit.",
         show_default=True,
     ),
@@ -122,3 +135,41 @@ Size = Annotated[
         "in 16 bits.",
     ),
 ]
+
+
+def with_search_options(command: _Command) -> _Command:
+    """The command with the options of every search in place of its last parameter, a `**`; typer reads signatures."""
+    signature = inspect.signature(command, eval_str=True)
+    *own, rest = signature.parameters.values()
+    assert rest.kind is rest.VAR_KEYWORD
+    shared = inspect.signature(_search_options, eval_str=True).parameters.values()
+    command.__signature__ = signature.replace(parameters=[*own, *shared])  # type: ignore[attr-defined]
+    return command
+
+
+def _search_options(
+    *,
+    preset: Preset = "fast",
+    generations: Generations = None,
+    offspring: Offspring = None,
+    stages: Stages = None,
+    algorithm: Algorithm = None,
+    start: Start = None,
+    fitness: Fitness = "kl",
+    max_seconds: MaxSeconds = None,
+    calibration: CalibrationSource = "builtin",
+    calibration_tokens: CalibrationTokens = None,
+    sequence_length: SequenceLength = None,
+    eval_data: EvalData = None,
+    eval_tokens: EvalTokens = None,
+    out: Out,
+    baselines: Baselines = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    seed: Seed = 0,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """The options of every search, in the order of `--help`."""

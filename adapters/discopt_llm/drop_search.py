@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
-from discopt.folder import RunFolder
 from discopt.progress import task as progress_task
 from discopt.space import Levels as LevelNumbers
 from discopt.space import SearchSpace
@@ -21,8 +22,10 @@ from discopt_llm.presets import DROP_PRESETS, Preset, published_generations
 from discopt_llm.profile import Profile
 from discopt_llm.profile_text import text_from_decisions
 from discopt_llm.report import dropped_listing, plot_dropped
-from discopt_llm.search import STARTS, Heuristics, Prepared, Say, SearchRequest, Task, _log, feasible_start, resume
+from discopt_llm.search import STARTS, Heuristics, Prepared, Say, SearchRequest, Task, feasible_start, resume
 from discopt_llm.students import read_drop_student
+
+_log = logging.getLogger(__name__)
 
 START_WINDOWS = 5  # runs of units that compete for the start, beside ShortGPT's profile
 _SCORED = {
@@ -154,6 +157,4 @@ class DropTask(Task):
         plot_dropped(self.levels.dropped(profile), path)
 
 
-def resume_drop(folder: RunFolder, *, quiet: bool, say: Say = _log.warning) -> dict[str, Any]:
-    """Go on with a run of `discopt llm drop`."""
-    return resume(DropRequest, folder, quiet=quiet, say=say)
+resume_drop = partial(resume, DropRequest)  # what `discopt resume` calls, by its entry point

@@ -1,8 +1,14 @@
-"""The errors of the adapter; each becomes one line on the command line."""
+"""The errors of the adapter, each of which becomes one line on the command line, and what such lines are made of."""
 
 from __future__ import annotations
 
+import reprlib
+
 from discopt.errors import DiscoptError
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = 100  # characters of a wrong value or a name
+_LONGEST = 300  # characters of a line that is not ours
 
 
 class ModelError(DiscoptError):
@@ -23,3 +29,19 @@ class DeviceError(DiscoptError):
 
 class BankError(DiscoptError):
     """A bank that is damaged, unfinished, in the way, or belongs to another model."""
+
+
+def short(value: object) -> str:
+    """A value in an error message: its beginning and end, if it is long."""
+    return _REPR.repr(value)
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what an error says; its type if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:_LONGEST]
+
+
+def typed_line(error: Exception) -> str:
+    """The type of an error, and the first line of what it says."""
+    text = (str(error).strip() or "no message").splitlines()[0].rstrip(" :")
+    return f"{type(error).__name__}: {text}"

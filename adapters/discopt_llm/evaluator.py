@@ -26,7 +26,7 @@ from discopt_llm.fitness import Fitness, Logits
 if TYPE_CHECKING:
     from discopt_llm.models import LoadedModel
 
-__all__ = ["TEACHER", "Counts", "Evaluator", "Levels", "Row"]
+__all__ = ["TEACHER", "Counts", "Evaluator", "Levels", "Row", "total_memory"]
 
 Row = tuple[int, ...]  # the levels of the units that decide about one block
 
@@ -38,6 +38,7 @@ TOKENS_PER_CALL = {"cpu": 1024, "cuda": 16384}
 # A chunk of logits, bytes: large enough for an efficient product with the head, small enough for the CPU's cache.
 LOGIT_BYTES = {"cpu": 3 * 2**23, "cuda": 2**28}
 MOST_ON_CPU = 2**32  # bytes; more than this for hidden states saves no time there
+UNKNOWN_MEMORY = 2**33  # bytes that a host is taken to have if its system does not say
 
 
 class Levels(Protocol):
@@ -236,8 +237,9 @@ class Evaluator:
 
     def _limits(self) -> _Limits:
         """Half of the memory is for hidden states, the rest for what a block or the head computes in a call."""
-        memory = self.memory_bytes or _memory(self.device)
         kind = "cpu" if self.device.type == "cpu" else "cuda"
+        total = total_memory(self.device)
+        memory = self.memory_bytes or (total // 4 if kind == "cuda" else min(total // 8, MOST_ON_CPU))
         vocabulary = int(self.model.config.get_text_config().vocab_size)
         widest = max(size for p in self.anatomy.blocks[0].module.parameters() for size in p.shape[-2:])
         element = self.model.dtype.itemsize
@@ -352,15 +354,15 @@ def _length(ids: Tensor) -> int:
     return len(ids)
 
 
-def _memory(device: torch.device) -> int:
-    """A quarter of a CUDA device's memory, an eighth of the host's, bytes.
+def total_memory(device: torch.device) -> int:
+    """The memory of a CUDA device, or of the host, bytes.
 
-    Of all of it, not of what is free: how the work is cut decides how it is rounded, and the same run on the same
-    machine should be the same to the last bit.
+    All of it, not what is free: how the work is cut decides how it is rounded, and the same run on the same machine
+    should be the same to the last bit.
     """
     if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory) // 4
+        return int(torch.cuda.get_device_properties(device).total_memory)
     try:
-        return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8, MOST_ON_CPU)
-    except (AttributeError, ValueError, OSError):  # a system that does not say
-        return MOST_ON_CPU // 4
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return UNKNOWN_MEMORY

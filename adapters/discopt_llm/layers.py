@@ -53,6 +53,11 @@ class Layer:
         return parameter
 
     @property
+    def parameter_name(self) -> str:
+        """The full name of the parameter."""
+        return f"{self.name}.weight" if self.attribute == "weight" else self.name
+
+    @property
     def weights(self) -> int:
         """How many there are, of all matrices."""
         return self.matrices * self.rows * self.columns

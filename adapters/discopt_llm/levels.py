@@ -6,7 +6,6 @@ allows; the least recently used go first. Nothing is copied when a level is swit
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from discopt_llm.anatomy import SubBlock, skipped_
 from discopt_llm.bank import Bank
-from discopt_llm.evaluator import TEACHER, Row
+from discopt_llm.evaluator import TEACHER, Row, total_memory
 from discopt_llm.genome import DROP_LABEL, Form, Genome
 from discopt_llm.layers import Layer
 from discopt_llm.models import LoadedModel
@@ -51,8 +50,7 @@ class BankLevels:
         if memory_bytes is not None and memory_bytes < 0:
             raise ValueError(f"memory_bytes must not be negative, got {memory_bytes}")
         self.loaded, self.layers, self.genome, self.banks = loaded, tuple(layers), genome, tuple(banks)
-        self._resident = _Resident(_memory(loaded.device) if memory_bytes is None else memory_bytes)
-        self._parameter_names = {id(p): name for name, p in loaded.model.named_parameters()}
+        self._resident = _Resident(total_memory(loaded.device) // 4 if memory_bytes is None else memory_bytes)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -80,7 +78,7 @@ class BankLevels:
             return
         of_block = self.loaded.anatomy.blocks[block]
         weights = {
-            self.parameter_name(layer).removeprefix(f"{of_block.name}."): self._weights(layer, form)
+            layer.parameter_name.removeprefix(f"{of_block.name}."): self._weights(layer, form)
             for layer, form in self._forms(block, row)
         }
         with ExitStack() as stack:
@@ -102,7 +100,7 @@ class BankLevels:
         found = {}
         for block, units in enumerate(self.block_units):
             row = tuple(np.asarray(profile)[units].tolist())
-            found.update({self.parameter_name(layer): (layer, form) for layer, form in self._forms(block, row)})
+            found.update({layer.parameter_name: (layer, form) for layer, form in self._forms(block, row)})
         return found
 
     def parameter(self, layer: Layer, form: Form) -> Tensor:
@@ -121,10 +119,6 @@ class BankLevels:
         if (np.asarray(profile) == TEACHER).all():
             return 2 * (int(costs.dense.sum()) + costs.rest)
         return int(costs.met(profile)["bytes"])
-
-    def parameter_name(self, layer: Layer) -> str:
-        """The full name of a layer's parameter."""
-        return self._parameter_names[id(layer.parameter)]
 
     def _weights(self, layer: Layer, form: Form) -> Tensor:
         return self._resident.get((layer.index, form), lambda: self.parameter(layer, form))
@@ -176,12 +170,3 @@ class _Resident:
             _, gone = self._held.popitem(last=False)
             self._bytes -= gone.nbytes
         return tensor
-
-
-def _memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory) // 4
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-    except (AttributeError, ValueError, OSError):  # a system that does not say
-        return 2**32

@@ -36,7 +36,8 @@ from transformers import (
 )
 
 from discopt_llm.anatomy import Anatomy, read_anatomy
-from discopt_llm.errors import DeviceError, ModelError
+from discopt_llm.errors import DeviceError, ModelError, typed_line
+from discopt_llm.layers import Layer, read_layers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FINGERPRINT_SAMPLES = 8  # values per parameter
@@ -57,6 +58,11 @@ class LoadedModel:
     def fingerprint(self) -> str:
         """Of the weights as they are when first asked; see `fingerprint`."""
         return fingerprint(self.model)
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """Of all blocks; see `read_layers`. Raises ModelError for a model whose layers cannot be told."""
+        return read_layers(self.model, self.anatomy)
 
     @property
     def device(self) -> torch.device:
@@ -219,7 +225,7 @@ def _reach_hub(name: str) -> dict[str, Any]:
         if not cached:
             raise ModelError(
                 f"cannot reach the hub for {name}, and neither a folder of that name nor a copy downloaded before "
-                f"is here ({_line(error)})"
+                f"is here ({typed_line(error)})"
             ) from error
         return offline
     return {}
@@ -258,9 +264,11 @@ def _explained(step: str, source: str, gguf_file: str | None) -> Iterator[None]:
         raise
     except Exception as error:  # parsers of damaged files and the code of models may raise anything
         if step == "tokenizer":
-            line = f"expected a tokenizer beside the weights in {source}, got {_line(error)}"
+            line = f"expected a tokenizer beside the weights in {source}, got {typed_line(error)}"
         elif gguf_file is not None:
-            line = f"cannot load {source}: expected a whole GGUF file of a causal language model, got {_line(error)}"
+            line = (
+                f"cannot load {source}: expected a whole GGUF file of a causal language model, got {typed_line(error)}"
+            )
         elif "trust_remote_code" in str(error):
             line = f"{source} brings its own Python code; load it with trust_remote_code only if you trust that code"
         elif isinstance(error, OSError) and "safetensors" in str(error):
@@ -268,13 +276,8 @@ def _explained(step: str, source: str, gguf_file: str | None) -> Iterator[None]:
             got = "pickled ones (reading those could run code)" if pickled else "none"
             line = f"expected weights as safetensors in {source}, got {got}"
         else:
-            line = f"cannot load {source}: {_line(error)}"
+            line = f"cannot load {source}: {typed_line(error)}"
         raise ModelError(line) from error
-
-
-def _line(error: Exception) -> str:
-    text = (str(error).strip() or "no message").splitlines()[0].rstrip(" :")
-    return f"{type(error).__name__}: {text}"
 
 
 def _forget_packing_(model: PreTrainedModel) -> None:

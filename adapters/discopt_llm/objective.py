@@ -14,14 +14,19 @@ __all__ = ["CompressionObjective"]
 
 @dataclass(frozen=True, eq=False)
 class CompressionObjective:
-    """Fitness of students on the sample of calibration text that fidelity (tokens) and seed draw."""
+    """Fitness of students on the sample of calibration text that fidelity (tokens) and seed draw.
+
+    Fresh queries are answered from `reserved` text, where there is some.
+    """
 
     evaluator: Evaluator
     calibration: Calibration
     fitness: Fitness
+    reserved: Calibration | None = None
 
     def evaluate(self, query: Query) -> Losses:
         """Losses of all rows on each sequence of the sample, (k, s), lower is better; see `Evaluator.measure`."""
-        sequences = self.calibration.sample(query.fidelity, query.seed)
+        text = self.reserved if query.fresh and self.reserved is not None else self.calibration
+        sequences = text.sample(query.fidelity, query.seed)
         (losses,) = self.evaluator.measure(query.population, sequences, [self.fitness])
         return losses

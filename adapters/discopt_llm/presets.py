@@ -22,6 +22,7 @@ class Preset:
     generations: int | None = None  # None: k (n - k) / 1.5 to drop k of n blocks
     start: str = "heuristics"  # see search.STARTS
     bank_tokens: int | None = None  # to build a bank with; None is all there is
+    algorithm: str = "learning"  # or evopress
     rule: str = "exchange"  # how budget crosses groups where units of all groups may trade
 
 
@@ -36,6 +37,7 @@ DROP_PRESETS = {
         baseline_tokens=32768,
         eval_tokens=None,
         start="random",
+        algorithm="evopress",
     ),
     "fast": Preset(
         "EvoPress, Table 8, super-fast: 16 offspring, 1@512 1@8192",
@@ -72,6 +74,7 @@ _PUBLISHED = Preset(
     generations=400,
     start="auto",
     bank_tokens=2**23,
+    algorithm="evopress",
     rule="across",
 )
 _SMALL = {

@@ -20,43 +20,18 @@ import numpy as np
 
 from discopt.folder import write_atomic
 from discopt.space import Levels
-from discopt_llm.errors import ProfileError
+from discopt_llm.errors import ProfileError, one_line, short
 from discopt_llm.profile_text import (
     DROP_UNITS,
     DROP_WORDS,
     LABEL_PATTERNS,
     Decisions,
     LayerLabels,
-    decisions_from_levels,
     decisions_from_text,
-    labels_from_levels,
     labels_from_text,
-    levels_from_decisions,
-    levels_from_labels,
-    number_of_units,
-    short,
-    text_from_decisions,
-    text_from_labels,
 )
 
-__all__ = [
-    "BANK_UNITS",
-    "DROP_UNITS",
-    "BankReference",
-    "Decisions",
-    "LayerLabels",
-    "Profile",
-    "decisions_from_levels",
-    "decisions_from_text",
-    "labels_from_levels",
-    "labels_from_text",
-    "levels_from_decisions",
-    "levels_from_labels",
-    "number_of_units",
-    "read_profile",
-    "text_from_decisions",
-    "text_from_labels",
-]
+__all__ = ["BANK_UNITS", "BankReference", "Profile", "read_profile"]
 
 FORMAT = "discopt-profile"
 VERSION = 1
@@ -188,7 +163,7 @@ class Profile:
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ProfileError(f"{where}: not JSON: {_one_line(error)}") from None
+            raise ProfileError(f"{where}: not JSON: {one_line(error)}") from None
         data = _expect(data, dict, where, "the file")
         if data.get("format") != FORMAT:
             raise ProfileError(f"{where}: expected format {FORMAT!r}, got {short(data.get('format'))}")
@@ -222,7 +197,7 @@ class Profile:
                 labels=tuple(labels),
             )
         except (ValueError, OverflowError) as error:
-            raise ProfileError(f"{where}: {_one_line(error)}") from None
+            raise ProfileError(f"{where}: {one_line(error)}") from None
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON file, whole or not at all; raises RunFolderError if it cannot be written."""
@@ -272,7 +247,3 @@ def _expect(value: Any, kind: type, where: str, what: str) -> Any:
         words = {dict: "an object", list: "a list", str: "text", int: "a whole number"}
         raise ProfileError(f"{where}: {what} must be {words[kind]}, got {short(value)}")
     return value
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

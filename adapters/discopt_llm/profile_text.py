@@ -14,14 +14,13 @@ target. Where kinds are mixed, which the official code does not do, it is `quant
 from __future__ import annotations
 
 import re
-import reprlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from discopt.space import Levels
-from discopt_llm.errors import ProfileError
+from discopt_llm.errors import ProfileError, short
 
 __all__ = [
     "DROP_UNITS",
@@ -38,7 +37,6 @@ __all__ = [
     "levels_from_labels",
     "listed",
     "number_of_units",
-    "short",
     "text_from_decisions",
     "text_from_labels",
 ]
@@ -57,8 +55,6 @@ LABEL_PATTERNS = {  # by the kind of the profile
     "sparsity": re.compile(_STEPS),
     "mixed": re.compile(f"drop|quantization:({_WIDTH})|sparsity:({_STEPS})"),
 }
-_REPR = reprlib.Repr()
-_REPR.maxstring = 100  # characters of a wrong value or a name in an error message
 
 
 def decisions_from_text(text: str, blocks: int | None = None, where: str = "profile") -> Decisions:
@@ -198,11 +194,6 @@ def labels_from_levels(levels: ArrayLike, units: Sequence[Sequence[str]], known:
             raise ValueError(f"expected a level that {names[0]} has, got {level}")
         labels.update(dict.fromkeys(names, label))
     return labels
-
-
-def short(value: object) -> str:
-    """A value in an error message: its beginning and end, if it is long."""
-    return _REPR.repr(value)
 
 
 def listed(names: Sequence[str]) -> str:

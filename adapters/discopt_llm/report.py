@@ -41,7 +41,12 @@ _log = logging.getLogger(__name__)
 
 
 def write_run(
-    prepared: Prepared, task: Task, result: Result, rows: Sequence[Mapping[str, Any]], folder: RunFolder
+    prepared: Prepared,
+    task: Task,
+    result: Result,
+    rows: Sequence[Mapping[str, Any]],
+    folder: RunFolder,
+    choice: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Write the answer's files, results.json last, since it says that the others are there; returns its content."""
     task.document(result.profile).write(folder.path / "profile.json")
@@ -54,6 +59,7 @@ def write_run(
         **result.to_dict(),
         "asked": task.asked(),
         "met": task.met(result.profile),
+        "choice": list(choice),
         "heldout": {"source": prepared.heldout.source, "tokens": prepared.heldout.tokens},
         "seed": prepared.request.seed,
         "folder": str(folder.path),
@@ -250,12 +256,18 @@ def _report(
         "bytes are those of the whole model file, with what is not compressed.",
         markdown_rows(shown_rows(results["rows"])),
     ]
+    choice = [
+        "## The final choice\n\nWhat the search found, and what it must not be worse than, on calibration text that the "
+        f"search has not seen ({results['fidelity']:,} tokens); the profile of least loss is the answer.",
+        markdown_rows([_shown_finalist(finalist) for finalist in results["choice"]]),
+    ]
     alt = {"trace.png": "Loss over the tokens spent", "units.png": "The levels of the units"}
     parts = [
         f"# {task.title}",
         task.sentence(result.profile),
         spent,
         *(table if results["rows"] else ["The search was interrupted before the held-out table was made."]),
+        *(choice if results["choice"] else []),
         *(f"![{alt[name]}]({name})" for name in pictures),
         task.listing(result.profile),
         "## What next",
@@ -271,6 +283,15 @@ def _report(
         f"Begun {folder.request['created']} with {versions}.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _shown_finalist(finalist: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "profile": finalist["method"],
+        "loss": finalist["loss"],
+        "above the least": finalist["difference"],
+        "± (paired)": finalist["standard_error"],
+    }
 
 
 def shown_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from discopt.errors import BudgetError, RunFolderError
 from discopt.folder import RunFolder, distribution_version, request_of
-from discopt.optimizers.base import StopReason
+from discopt.optimizers.base import Optimizer, StopReason
 from discopt.optimizers.evopress import EvoPress, EvoPressSettings, Stage
+from discopt.optimizers.learning import Learning, LearningSettings
+from discopt.optimizers.plan import Plan
 from discopt.progress import ProgressBar
 from discopt.report import option_words
 from discopt.run import Limits, Result, minimize
@@ -29,7 +32,7 @@ from discopt.space import SearchSpace
 from discopt_llm.calibration import Calibration, load_calibration
 from discopt_llm.errors import BankError, DataError, ModelError, ProfileError
 from discopt_llm.evaluator import TEACHER, Evaluator
-from discopt_llm.fitness import fitness_by_name
+from discopt_llm.fitness import Fitness, fitness_by_name
 from discopt_llm.heldout import Method, StudentLevels, heldout_rows
 from discopt_llm.models import LoadedModel, load_model
 from discopt_llm.objective import CompressionObjective
@@ -37,11 +40,23 @@ from discopt_llm.presets import Preset
 from discopt_llm.profile import Profile
 from discopt_llm.report import write_run
 
-__all__ = ["STARTS", "Heuristics", "Prepared", "SearchRequest", "Task", "begin", "feasible_start", "resume"]
+__all__ = [
+    "STARTS",
+    "Heuristics",
+    "Prepared",
+    "SearchRequest",
+    "Task",
+    "begin",
+    "feasible_start",
+    "optimizer_of",
+    "resume",
+]
 
 # Where a search starts: as Algorithm 1 has it (uniform if that spends the budget, else random), from the best random
 # profile, or from the best of that start and the heuristics that the task knows.
 STARTS = ("auto", "random", "heuristics")
+ALGORITHMS = ("learning", "evopress")
+MOST_RESERVED = 1 / 4  # of the calibration text, for the final choice
 
 Say = Callable[[str], None]
 _log = logging.getLogger(__name__)
@@ -68,6 +83,7 @@ class SearchRequest(ABC):
     generations: int | None = None
     offspring: int | None = None
     stages: tuple[str, ...] = ()
+    algorithm: str | None = None  # one of ALGORITHMS
     start: str | None = None  # one of STARTS, or a profile to start from
     fitness: str = "kl"
     baselines: tuple[str, ...] | None = None  # None: all
@@ -84,6 +100,8 @@ class SearchRequest(ABC):
             raise ValueError(f"baselines must be among {', '.join(self.known_baselines)}, got {', '.join(unknown)}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
+        if self.algorithm not in (None, *ALGORITHMS):
+            raise ValueError(f"algorithm must be {' or '.join(ALGORITHMS)}, got {self.algorithm!r}")
         fitness_by_name(self.fitness)
         Limits(seconds=self.max_seconds)
         self.settings()
@@ -95,7 +113,7 @@ class SearchRequest(ABC):
         stages = tuple(Stage.parse(stage) for stage in self.stages) or preset.stages
         given = {
             name: getattr(self, name)
-            for name in ("offspring", "sequence_length", "eval_tokens", "generations", "start")
+            for name in ("offspring", "sequence_length", "eval_tokens", "generations", "start", "algorithm")
             if getattr(self, name) is not None
         }
         return replace(preset, stages=stages, **given)
@@ -139,6 +157,8 @@ class Heuristics:
     rivals: tuple[LevelNumbers, ...] = ()  # those that compete for the start
     tokens: int = 0  # that went into the rivals
     start: LevelNumbers | None = None  # where the search begins; None: as the settings have it
+    references: tuple[LevelNumbers, ...] = ()  # those that the answer must not be worse than
+    prior: NDArray[np.float64] | None = None  # (n, m) what a level is thought to add to the loss; inf: not there
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -147,6 +167,8 @@ class Heuristics:
             "rivals": [*self.rivals],
             "tokens": self.tokens,
             "start": self.start,
+            "references": [*self.references],
+            "prior": self.prior,
         }
 
     @classmethod
@@ -158,6 +180,8 @@ class Heuristics:
                 rivals=tuple(space.check(rival) for rival in data["rivals"]),
                 tokens=int(data["tokens"]),
                 start=None if data["start"] is None else space.check(data["start"]),
+                references=tuple(space.check(reference) for reference in data["references"]),
+                prior=None if data["prior"] is None else np.array(data["prior"], dtype=np.float64),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise RunFolderError(f"heuristics.json is damaged: {error}; remove it to measure them again") from error
@@ -228,6 +252,7 @@ class Prepared:
     loaded: LoadedModel
     calibration: Calibration
     heldout: Calibration
+    reserved: Calibration | None = None  # text for the final choice, which the search never sees
 
     @classmethod
     def load(cls, request: SearchRequest, say: Say) -> Self:
@@ -253,13 +278,23 @@ class Prepared:
             tokens=chosen.eval_tokens,
             role="heldout" if request.eval_data in (None, request.calibration) else "all",
         )
+        reserved = None
+        if chosen.algorithm == "learning":
+            wanted = min(2 * chosen.stages[-1].fidelity, int(MOST_RESERVED * calibration.tokens))
+            calibration, reserved = calibration.split(wanted)
         needed = max(chosen.stages[-1].fidelity, chosen.start_fidelity)
         if needed > calibration.tokens:
             raise DataError(
                 f"{request.calibration} has {calibration.tokens:,} tokens for the search, but a stage needs "
                 f"{needed:,}; give smaller stages, such as --stage 1@{calibration.tokens}"
             )
-        return cls(request, loaded, calibration, heldout)
+        return cls(request, loaded, calibration, heldout, reserved)
+
+    def objective(self, evaluator: Evaluator, fitness: Fitness | None = None) -> CompressionObjective:
+        """The loss to search on: the request's fitness, or another."""
+        return CompressionObjective(
+            evaluator, self.calibration, fitness or fitness_by_name(self.request.fitness), self.reserved
+        )
 
 
 def begin(request: SearchRequest, out: Path, *, force: bool, quiet: bool, say: Say = _log.info) -> dict[str, Any]:
@@ -354,13 +389,13 @@ def _search(prepared: Prepared, task: Task, folder: RunFolder, *, quiet: bool, g
     else:
         heuristics = task.heuristics(prepared, evaluator, quiet=quiet)
         folder.write_json("heuristics.json", heuristics.to_dict())
-    settings = _settings(request, task, heuristics, given)
-    objective = CompressionObjective(evaluator, prepared.calibration, fitness_by_name(request.fitness))
+    optimizer = optimizer_of(prepared, task, heuristics, given)
+    objective = prepared.objective(evaluator)
     with ProgressBar(unit="tokens", label="search", quiet=quiet) as bar:
         result = minimize(
             objective,
             task.space,
-            optimizer=EvoPress(task.space, settings, seed=request.seed),
+            optimizer=optimizer,
             limits=Limits(seconds=request.max_seconds),
             callbacks=(bar,),
             folder=folder,
@@ -368,9 +403,10 @@ def _search(prepared: Prepared, task: Task, folder: RunFolder, *, quiet: bool, g
         )
     rows: list[dict[str, Any]] = []
     if result.stop is not StopReason.INTERRUPTED:
-        methods = _methods(prepared, task, heuristics, settings, result)
+        methods = _methods(prepared, task, heuristics, result)
         rows = heldout_rows(evaluator, task.levels, methods, prepared.heldout, quiet=quiet)
-    return write_run(prepared, task, result, rows, folder)
+    choice = _choice(optimizer, heuristics) if isinstance(optimizer, Learning) else []
+    return write_run(prepared, task, result, rows, folder, choice)
 
 
 def feasible_start(path: str, profile: LevelNumbers, space: SearchSpace) -> LevelNumbers:
@@ -379,6 +415,52 @@ def feasible_start(path: str, profile: LevelNumbers, space: SearchSpace) -> Leve
         return space.check(profile)
     except ValueError as error:
         raise ProfileError(f"{path} cannot start this search: {error}") from error
+
+
+def _choice(optimizer: Learning, heuristics: Heuristics) -> list[dict[str, Any]]:
+    """The final choice, best first: `method`, `loss`, its `difference` to the chosen one and the `standard_error`."""
+    names = {method.profile.tobytes(): method.name for method in heuristics.methods}
+    return [
+        {
+            "method": names.get(finalist.profile.tobytes(), "found by the search"),
+            "loss": finalist.loss,
+            "difference": finalist.difference,
+            "standard_error": finalist.standard_error,
+        }
+        for finalist in optimizer.choice
+    ]
+
+
+def optimizer_of(
+    prepared: Prepared, task: Task, heuristics: Heuristics, given: LevelNumbers | None = None
+) -> Optimizer:
+    """The search that was asked for; `given` (n,) is a profile to start from instead of the heuristics'.
+
+    A learning search spends what the generations of EvoPress would.
+    """
+    request = prepared.request
+    settings = _settings(request, task, heuristics, given)
+    if request.chosen.algorithm == "evopress":
+        return EvoPress(task.space, settings, seed=request.seed)
+    fidelity = settings.stages[-1].fidelity
+    start = given if given is not None else heuristics.start
+    random = request.chosen.start != "heuristics" and start is None
+    plan = Plan(
+        evaluations=max(1, round(settings.generations * settings.generation_fidelity / fidelity)),
+        batch=settings.offspring,
+        fidelity=fidelity,
+        start=None if start is None else _numbers(start),
+    )
+    assert prepared.reserved is not None
+    learning = LearningSettings(
+        rivals=settings.rivals,
+        references=tuple(map(_numbers, heuristics.references)),
+        prior=heuristics.prior,
+        first=settings.stages[0].fidelity,
+        choice=prepared.reserved.tokens,
+        candidates=settings.start_candidates if random else 0,
+    )
+    return Learning(task.space, plan, learning, seed=request.seed)
 
 
 def _settings(
@@ -400,16 +482,14 @@ def _numbers(profile: LevelNumbers) -> tuple[int, ...]:
     return tuple(int(level) for level in profile)
 
 
-def _methods(
-    prepared: Prepared, task: Task, heuristics: Heuristics, settings: EvoPressSettings, result: Result
-) -> Sequence[Method]:
+def _methods(prepared: Prepared, task: Task, heuristics: Heuristics, result: Result) -> Sequence[Method]:
     """The rows of the table: dense, the baselines asked for, and what the search found, with all it spent."""
     request = prepared.request
     methods = [Method("dense", np.full(task.space.n, TEACHER, dtype=np.int16), 0)]
     random = request.known_baselines["random"]
     measured = any(method.name == random for method in heuristics.methods)
     if "random" in request.compared and not measured and result.start is not None and result.start.fidelity:
-        spent = settings.start_candidates * result.start.fidelity
+        spent = request.chosen.start_candidates * result.start.fidelity
         methods.append(Method(random, result.start.profile, spent))
-    guided = heuristics.tokens if settings.rivals else 0
+    guided = heuristics.tokens if request.chosen.start == "heuristics" else 0
     return [*methods, *heuristics.methods, Method("evolved", result.profile, result.total_fidelity + guided)]

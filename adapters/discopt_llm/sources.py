@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from discopt_llm.errors import DataError
+from discopt_llm.errors import DataError, one_line
 
 Role = Literal["search", "heldout", "all"]
 Documents = Generator[str, None, None]
@@ -157,7 +157,7 @@ def _jsonl(path: Path, column: str) -> Iterator[str]:
             try:
                 row = json.loads(text)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: not JSON: {_one_line(error)}") from None
+                raise DataError(f"{where}: not JSON: {one_line(error)}") from None
             if not isinstance(row, dict):
                 raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
             yield _cell(row, column, where)
@@ -174,7 +174,7 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a readable parquet file: {_one_line(error)}") from None
+        raise DataError(f"{path} is not a readable parquet file: {one_line(error)}") from None
     with file:
         if column not in file.schema_arrow.names:
             raise DataError(_no_column(str(path), column, file.schema_arrow.names))
@@ -183,7 +183,7 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
             try:
                 batch = next(batches, None)
             except (pyarrow.ArrowException, OSError) as error:
-                raise DataError(f"{path} is damaged after row {number * 256}: {_one_line(error)}") from None
+                raise DataError(f"{path} is damaged after row {number * 256}: {one_line(error)}") from None
             if batch is None:
                 return
             for row in batch.to_pylist():
@@ -219,11 +219,6 @@ def _reading(path: Path, where: str = "") -> Iterator[None]:
         raise DataError(f"{where or path}: not UTF-8 text: byte 0x{byte:02x} at position {error.start}") from None
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
 
 
 # The hub
@@ -328,7 +323,7 @@ def _hub_obstacle(name: str) -> str | None:
     except (RepositoryNotFoundError, HFValidationError):
         raise missing from None
     except Exception as error:  # its class depends on the HTTP library that huggingface_hub was built on
-        return _one_line(error)
+        return one_line(error)
     return None
 
 
@@ -362,6 +357,6 @@ def _loading(source: str, obstacle: str | None = None) -> Iterator[None]:
         yield
     except Exception as error:  # `datasets` raises whatever its readers, codecs and servers raise
         if obstacle is None:
-            raise DataError(f"cannot load {source}: {_one_line(error)}") from error
+            raise DataError(f"cannot load {source}: {one_line(error)}") from error
         message = f"cannot reach the Hugging Face hub for {source} ({obstacle}), and the local cache does not have it"
         raise DataError(message) from error

@@ -20,7 +20,6 @@ from discopt_llm.evaluator import TEACHER, Evaluator
 from discopt_llm.export.hf import CheckpointSummary, write_checkpoint
 from discopt_llm.genome import DROP_LABEL, Genome, bank_genome, mixed_genome
 from discopt_llm.heldout import Method, StudentLevels, heldout_rows
-from discopt_llm.layers import Layer, read_layers
 from discopt_llm.levels import BankLevels
 from discopt_llm.models import LoadedModel, load_model
 from discopt_llm.profile import BankReference, Profile, read_profile
@@ -100,13 +99,12 @@ def _layer_names(profile: Profile, known: Collection[str]) -> list[list[str]]:
     return units
 
 
-def open_banks(paths: Sequence[str | Path], loaded: LoadedModel) -> tuple[tuple[Layer, ...], list[Bank]]:
-    """The layers of a model and banks of it; raises BankError for one that is damaged or of another model."""
-    layers = read_layers(loaded.model, loaded.anatomy)
-    banks = [Bank.open(path) for path in paths]
+def open_banks(paths: Sequence[str | Path], loaded: LoadedModel, *, verify: bool = True) -> list[Bank]:
+    """Banks of a model; raises BankError for one that is of another model, or damaged, as far as `verify` looks."""
+    banks = [Bank.open(path, verify=verify) for path in paths]
     for bank in banks:
-        bank.check_model(loaded.fingerprint, layers)
-    return layers, banks
+        bank.check_model(loaded.fingerprint, loaded.layers)
+    return banks
 
 
 def genome_of(
@@ -122,9 +120,9 @@ def genome_of(
     return mixed_genome(banks, unit, rest, drop=drop)
 
 
-def parameters_outside(loaded: LoadedModel, layers: Sequence[Layer]) -> int:
-    """Number of a model's parameters outside of the layers; tied ones once."""
-    return sum(p.numel() for p in loaded.model.parameters()) - sum(layer.weights for layer in layers)
+def parameters_outside(loaded: LoadedModel) -> int:
+    """Number of a model's parameters outside of its layers; tied ones once."""
+    return sum(p.numel() for p in loaded.model.parameters()) - sum(layer.weights for layer in loaded.layers)
 
 
 def read_student(path: str, loaded: LoadedModel, *, banks: Sequence[str] = ()) -> tuple[StudentLevels, LevelNumbers]:
@@ -143,7 +141,7 @@ def read_student(path: str, loaded: LoadedModel, *, banks: Sequence[str] = ()) -
         folders = [_bank_of(reference, path) for reference in found.banks]
     if not folders:
         raise ProfileError(f"{path} names no bank; say with --bank which one holds its levels")
-    layers, opened = open_banks(folders, loaded)
+    opened = open_banks(folders, loaded)
     if isinstance(found, Profile) and not banks:
         found.check_banks([bank.fingerprint for bank in opened])
     unit = found.unit if isinstance(found, Profile) else "layer"
@@ -151,8 +149,8 @@ def read_student(path: str, loaded: LoadedModel, *, banks: Sequence[str] = ()) -
     tables = {bank.kind: (bank.layers, bank.labels) for bank in opened}
     if len(tables) < len(opened):
         raise BankError(f"expected banks of different kinds, got {len(opened)} of kind {opened[0].kind}")
-    genome = genome_of(tables, unit, parameters_outside(loaded, layers), drop=mixed)
-    levels = BankLevels(loaded, layers, genome, opened)
+    genome = genome_of(tables, unit, parameters_outside(loaded), drop=mixed)
+    levels = BankLevels(loaded, loaded.layers, genome, opened)
     return levels, read_bank_student(path, loaded, genome)
 
 

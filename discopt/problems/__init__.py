@@ -14,6 +14,8 @@ from typing import Any
 from discopt.problem import Problem
 from discopt.problems.allocation import quadratic, separable
 from discopt.problems.bits import jump, leading_ones, linear, switch_constant
+from discopt.problems.blocks import royal_road, trap
+from discopt.problems.chain import chain
 from discopt.problems.coverage import coverage
 from discopt.problems.exact import exhaustive_minimum, separable_minimum
 from discopt.problems.nk import nk
@@ -23,6 +25,7 @@ from discopt.problems.regression import feature_selection
 __all__ = [
     "PROBLEMS",
     "Problem",
+    "chain",
     "coverage",
     "exhaustive_minimum",
     "feature_selection",
@@ -32,18 +35,24 @@ __all__ = [
     "nk",
     "noisy",
     "quadratic",
+    "royal_road",
     "separable",
     "separable_minimum",
     "switch_constant",
+    "trap",
 ]
 
 _EXACT: dict[str, Callable[..., Problem]] = {
     "linear": linear,
     "leading-ones": leading_ones,
     "jump": jump,
+    "royal-road": royal_road,
+    "trap": trap,
     "separable": separable,
     "separable-unequal": partial(separable, costs="unequal"),
+    "separable-unequal-2r": partial(separable, costs="unequal", resources=2),
     "quadratic": quadratic,
+    "chain": chain,
     "nk": nk,
     "coverage": coverage,
 }

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
+from discopt.enumeration import count_profiles, feasible_profiles
 from discopt.objective import Losses
 from discopt.separable import solve_separable
 from discopt.space import Levels, SearchSpace
 
-CHUNK = 1 << 14  # profiles looked at together
-MAX_PROFILES = 1 << 18  # above this, `exhaustive_minimum` gives up
+MAX_PROFILES = 1 << 18  # feasible ones; above this, `exhaustive_minimum` gives up
 
 
 def separable_minimum(space: SearchSpace, table: NDArray[np.float64]) -> tuple[float, Levels]:
@@ -45,7 +45,7 @@ def coverage_minimum(
 
 def exhaustive_minimum(space: SearchSpace, loss: Callable[[Levels], Losses]) -> tuple[float, Levels] | None:
     """Lowest loss of the space, and the first profile that has it; None if there are too many profiles to look at."""
-    if np.prod(space.allowed.sum(axis=1), dtype=np.float64) > MAX_PROFILES:
+    if count_profiles(space, MAX_PROFILES) is None:
         return None
     best: tuple[float, Levels] | None = None
     for population in feasible_profiles(space):
@@ -59,19 +59,6 @@ def exhaustive_minimum(space: SearchSpace, loss: Callable[[Levels], Losses]) -> 
 def how_known(best: tuple[float, Levels] | None) -> str:
     """The words of a problem's note about its `exhaustive_minimum`."""
     return "the optimum is not known at this size" if best is None else "the optimum by looking at every profile"
-
-
-def feasible_profiles(space: SearchSpace) -> Iterator[Levels]:
-    """Every feasible profile once, in populations (k, n) of at most CHUNK rows."""
-    levels = [np.flatnonzero(row).astype(np.int16) for row in space.allowed]
-    shape = tuple(len(row) for row in levels)
-    total = int(np.prod(shape, dtype=np.int64))
-    for first in range(0, total, CHUNK):
-        index = np.unravel_index(np.arange(first, min(first + CHUNK, total)), shape)
-        population = np.stack([row[i] for row, i in zip(levels, index, strict=True)], axis=1)
-        population = population[space.feasible(population)]
-        if len(population):
-            yield population
 
 
 def _solve(loss: NDArray[np.float64], constraints: list[LinearConstraint]) -> NDArray[np.bool_]:

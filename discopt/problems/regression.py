@@ -16,6 +16,7 @@ from discopt.problem import Problem
 from discopt.problems.exact import exhaustive_minimum, how_known
 from discopt.space import SearchSpace
 
+PATIENTS = 442
 FOLDS = 5
 MIN_ROWS = 10 * FOLDS
 
@@ -51,7 +52,7 @@ def feature_selection(features: int = 8, *, degree: int = 2, ridge: float = 1.0)
         objective=objective,
         optimum=best[0] if best else None,
         note=f"squared error in {FOLDS}-fold cross-validation, 1 being that of the mean; {how_known(best)}",
-        fidelity=len(X),
+        fidelity=PATIENTS,
     )
 
 

@@ -1,19 +1,28 @@
-"""Banks of tiny models: plans that are built in well under a second."""
+"""Banks of tiny models: plans that are built in well under a second, and builds that are stopped or watched."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from discopt_llm.anatomy import read_anatomy
+from discopt_llm.bank import BankWriter
 from discopt_llm.build import DENSE, BankPlan
 from discopt_llm.calibration import Calibration
-from discopt_llm.layers import read_layers
+from discopt_llm.layers import Layer
 from discopt_llm.models import LoadedModel
 from discopt_llm.quantization import QuantizationSettings
-from discopt_llm.recipes import QuantizationRecipe, Recipe, SparsityRecipe
+from discopt_llm.recipes import QuantizationRecipe, Recipe, SolvedStack, SparsityRecipe
 from discopt_llm.sparsity import SparsitySettings
 from tests.llm.families import FAMILIES, VOCABULARY, tiny_tokenizer
 
@@ -48,5 +57,53 @@ def plan(
     text: Calibration | None = None,
     recipe: Recipe | None = None,
 ) -> BankPlan:
-    layers = read_layers(model.model, model.anatomy)
-    return BankPlan(model, layers, recipe or RECIPES[kind], text or calibration(), propagate)
+    return BankPlan(model, model.layers, recipe or RECIPES[kind], text or calibration(), propagate)
+
+
+@dataclass(frozen=True, eq=False)
+class Watched:
+    """A recipe that notes what it is asked to solve."""
+
+    recipe: Any
+    H: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # by layer and expert
+    solves: Counter[int] = field(default_factory=Counter)  # by block
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.recipe, name)
+
+    def solve(self, layers: Sequence[Layer], weights: Sequence[Tensor], H: Tensor, expert: int) -> SolvedStack:
+        self.solves[layers[0].block] += 1
+        self.H.update({(layer.name, expert): H for layer in layers})
+        return self.recipe.solve(layers, weights, H, expert)  # type: ignore[no-any-return]
+
+
+def watched(model: LoadedModel, kind: str, propagate: str = "dense", **options: Any) -> tuple[BankPlan, Watched]:
+    recipe = Watched(options.pop("recipe", RECIPES[kind]))
+    return plan(model, kind, propagate, recipe=recipe, **options), recipe
+
+
+class Stopped(Exception):  # noqa: N818
+    pass
+
+
+@contextmanager
+def stopped_after(blocks: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The next block after so many is solved, but not written."""
+    write = BankWriter.write_block
+    left = blocks
+
+    def fail(self: BankWriter, *args: Any) -> None:
+        nonlocal left
+        if not left:
+            raise Stopped
+        left -= 1
+        write(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BankWriter, "write_block", fail)
+        with pytest.raises(Stopped):
+            yield
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}

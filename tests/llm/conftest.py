@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import socket
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -9,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from discopt_llm import report
 from discopt_llm.bank import Bank
 from discopt_llm.bank_search import CompressRequest, QuantizeRequest, SparsifyRequest
 from discopt_llm.banks import BankRequest, make_bank
 from discopt_llm.build import build_bank
+from tests.llm import handmade
 from tests.llm.banks import loaded, plan
 from tests.llm.families import tiny, tiny_tokenizer
 from tests.llm.searches import small_search, write_notes
@@ -44,6 +48,36 @@ def bank_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Ba
         return build_bank(plan(loaded(family), kind), tmp_path_factory.mktemp("bank") / "bank", quiet=True)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def _handmade(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("handmade") / "bank"
+    handmade.build(path).finish()
+    return path
+
+
+@pytest.fixture
+def bank_folder(_handmade: Path, tmp_path: Path) -> Path:
+    """A finished bank of one's own, made by hand."""
+    shutil.copytree(_handmade, tmp_path / "bank")
+    return tmp_path / "bank"
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any attempt to reach another machine fails the test."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        pytest.fail(f"tried to reach the network: {args}")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Searches over banks of the tiny model, and what they leave."""
+"""Searches on the tiny model, and what they leave."""
 
 from __future__ import annotations
 
@@ -11,8 +11,20 @@ from typing import Any
 from discopt_llm.bank_search import BankSearchRequest
 from discopt_llm.profile import read_profile
 from discopt_llm.profile_text import LayerLabels
-from discopt_llm.search import begin
+from discopt_llm.search import SearchRequest, begin
 
+RUN_FILES = {
+    "run.json",
+    "results.json",
+    "trace.jsonl",
+    "heuristics.json",
+    "checkpoint.json",
+    "profile.json",
+    "profile.txt",
+    "report.md",
+    "trace.png",
+    "units.png",
+}
 WORDS = ("loss", "search", "level", "unit", "block", "token", "model", "budget", "profile", "group")
 
 
@@ -34,6 +46,7 @@ def small_search(model: Path, notes: Path) -> dict[str, Any]:
         "generations": 4,
         "offspring": 6,
         "stages": ("2@32", "1@96"),
+        "algorithm": "evopress",
         "start": "auto",
         "baselines": (),
     }
@@ -44,7 +57,7 @@ def compared(request: BankSearchRequest) -> BankSearchRequest:
     return replace(request, start=None, baselines=None)
 
 
-def run(request: BankSearchRequest, out: Path) -> dict[str, Any]:
+def run(request: SearchRequest, out: Path) -> dict[str, Any]:
     return begin(request, out, force=False, quiet=True)
 
 

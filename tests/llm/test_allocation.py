@@ -294,9 +294,9 @@ def test_units_measured_alone_give_the_exact_minimum_of_a_loss_that_adds_up(bank
             return [0.5 + losses.sum(axis=1, keepdims=True)]  # a teacher has a loss too, such as its perplexity
 
     evaluator: Any = Additive()
-    profile, tokens = Measured(evaluator, text(4, 3), KL(), quiet=True).additive(genome, space, uniform(genome, space))
+    effects, tokens = Measured(evaluator, text(4, 3), KL(), quiet=True).effects(genome, uniform(genome, space))
     loss = importance[:, None] * genome.errors
-    expected = solve_separable(space, loss)
+    profile, expected = solve_separable(space, effects), solve_separable(space, loss)
     units = np.arange(genome.n)
     assert loss[units, profile].sum() == pytest.approx(loss[units, expected].sum())
     assert loss[units, profile].sum() < loss[units, additive(genome, space)].sum()
@@ -312,6 +312,7 @@ def test_a_unit_that_seems_to_cost_nothing_is_not_free(bank_of: BankOf) -> None:
             return [np.where(population[:, :1] != TEACHER, -1.0, (population != TEACHER).sum(axis=1, keepdims=True))]
 
     evaluator: Any = Noisy()
-    profile, _ = Measured(evaluator, text(4), KL(), quiet=True).additive(genome, space, uniform(genome, space))
+    effects, _ = Measured(evaluator, text(4), KL(), quiet=True).effects(genome, uniform(genome, space))
+    profile = solve_separable(space, effects)
     assert space.is_full(profile)
     assert profile[0] == 0

@@ -290,6 +290,13 @@ def test_a_list_of_another_length_is_refused() -> None:
         read_anatomy(model)
 
 
+def test_a_block_that_stands_twice_in_the_list_is_refused() -> None:
+    model = tiny("Llama")
+    model.model.layers[2] = model.model.layers[0]
+    with pytest.raises(ModelError, match=r"run once each, but model\.layers\.0 and model\.layers\.2 are one$"):
+        read_anatomy(model)
+
+
 def test_blocks_called_with_something_that_depends_on_the_tokens_are_refused() -> None:
     model = FAMILIES["llama"]()
     rotary = model.model.rotary_emb

@@ -14,39 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from discopt.cli import app
 from discopt.folder import RunFolder
 from discopt_llm.bank_search import QuantizeRequest, resume_quantize
+from tests.llm.commands import STAGES, call, refusal, resume
 from tests.llm.families import tiny, tiny_tokenizer
 from tests.llm.searches import contents, run, snapshot
 
 SMALL = ["--preset", "demo", "--sequence-length", 32, "--eval-tokens", 64, "--generations", 2, "--offspring", 4]
-STAGES = ["--stage", "2@32", "--stage", "1@64"]
 PLAIN = ["--baselines", "none", "--start", "auto"]
 ONE_THREAD = "import sys, torch; torch.set_num_threads(1)\n"
 
 pytestmark = pytest.mark.usefixtures("_no_pictures")
-
-
-def call(*words: object) -> Result:
-    return CliRunner().invoke(app, ["llm", *map(str, words)])
-
-
-def resume(out: Path, *words: object) -> Result:
-    return CliRunner().invoke(app, ["resume", str(out), *map(str, words)])
-
-
-def refusal(result: Result, code: int = 1) -> str:
-    """The one line of a refused command."""
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.stderr
-    if code == 1:
-        *_, line = result.stderr.strip().splitlines()
-        assert line.startswith("error: ")
-        return line
-    return " ".join(result.stderr.replace("│", " ").split())
 
 
 @pytest.fixture(scope="module")
@@ -261,18 +241,6 @@ def test_wrong_banks_are_one_line(
     foreign = call("quantize", tmp_path / "other", *SMALL, *STAGES, *words, "--bank", banks["quantization"])
     assert "whose weights differ from this model's" in refusal(foreign)
     assert not (tmp_path / "run").exists()
-
-
-def test_help_has_examples_and_loads_no_torch() -> None:
-    script = (
-        "import sys\nfrom typer.testing import CliRunner\nfrom discopt.cli import app\n"
-        "for name in ('bank', 'quantize', 'sparsify', 'compress', 'eval', 'apply'):\n"
-        "    out = CliRunner().invoke(app, ['llm', name, '--help']).output\n"
-        "    assert out.count(f'discopt llm {name} ') >= 2, out\n"
-        "print('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
 
 
 # -- interrupted and killed ----------------------------------------------------------------------------------------

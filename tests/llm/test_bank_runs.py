@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from discopt import RunFolder, RunFolderError, StopReason
+from discopt_llm import bank as bank_module
+from discopt_llm import models
 from discopt_llm.allocation import Measured
 from discopt_llm.bank import Bank, BankWriter
 from discopt_llm.bank_search import (
@@ -63,6 +65,20 @@ def test_a_bank_is_made_on_what_the_preset_says_and_the_model_can_take(small: di
     calibration = Bank.open(folder).calibration
     assert calibration["sequence_length"] == 128  # the demo's 256 are more than the model's positions
     assert calibration["tokens"] == request.chosen.bank_tokens == 16384
+
+
+def test_a_search_reads_its_bank_and_its_layers_once(
+    unbuilt: QuantizeRequest, quantize: QuantizeRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run(replace(unbuilt, generations=0), tmp_path / "builds")
+    digest, find = bank_module._sha256, models.read_layers
+    read: list[str] = []
+    monkeypatch.setattr(bank_module, "_sha256", lambda path: read.append(path.name) or digest(path))
+    monkeypatch.setattr(models, "read_layers", lambda *model: read.append("layers") or find(*model))
+    for name, request in {"built": unbuilt, "given": quantize}.items():
+        run(replace(request, generations=0), tmp_path / name)
+        assert sorted(read) == [*(f"block-0000{block}.safetensors" for block in range(BLOCKS)), "layers"]
+        read.clear()
 
 
 # -- heuristics ----------------------------------------------------------------------------------------------------

@@ -13,18 +13,13 @@ from discopt import RunFolder
 from discopt.errors import BudgetError
 from discopt_llm import report
 from discopt_llm.bank import Bank
-from discopt_llm.bank_search import (
-    BankSearchRequest,
-    CompressRequest,
-    QuantizeRequest,
-    SparsifyRequest,
-)
+from discopt_llm.bank_search import BankSearchRequest, CompressRequest, QuantizeRequest, SparsifyRequest
 from discopt_llm.errors import DataError, ProfileError
 from discopt_llm.models import load_model
 from discopt_llm.report import plot_levels
 from discopt_llm.students import read_student
 from tests.llm.families import tiny, tiny_tokenizer
-from tests.llm.searches import compared, labels, run
+from tests.llm.searches import RUN_FILES, compared, labels, run
 
 BLOCKS = 8
 
@@ -356,18 +351,7 @@ def test_a_run_leaves_its_folder(kind: str, request: pytest.FixtureRequest, tmp_
     asked: BankSearchRequest = request.getfixturevalue(kind)
     results = run(replace(asked, group="runtime"), tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {
-        "run.json",
-        "results.json",
-        "trace.jsonl",
-        "heuristics.json",
-        "checkpoint.json",
-        "profile.json",
-        "profile.txt",
-        "report.md",
-        "trace.png",
-        "units.png",
-    }
+    assert names == RUN_FILES
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
     report = (tmp_path / "run" / "report.md").read_text()
     assert f"Asked: {asked.budget.words}" in report

@@ -92,8 +92,8 @@ def test_a_layer_is_found_by_its_name_in_the_model(read: tuple[PreTrainedModel, 
     model, layers = read
     parameters = dict(model.named_parameters())
     for layer in layers:
-        name = layer.name if layer.attribute != "weight" else f"{layer.name}.weight"
-        assert parameters[name] is layer.parameter
+        assert parameters[layer.parameter_name] is layer.parameter
+        assert layer.name == layer.parameter_name.removesuffix(".weight")
         assert layer.weights == layer.parameter.numel()
 
 

@@ -264,7 +264,7 @@ def test_the_weights_of_a_profile_are_those_that_are_applied(family: str, bank_o
                 expected = levels.parameter(*replaced[name]) if name in replaced else dense[name]
                 assert torch.equal(parameter, expected), name
     kept = [layer for layer in levels.layers if not gone[layer.block, int(layer.kind == "mlp")]]  # attention, then MLP
-    assert {levels.parameter_name(layer) for layer in kept} == replaced.keys()
+    assert {layer.parameter_name for layer in kept} == replaced.keys()
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])

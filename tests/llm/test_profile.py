@@ -15,17 +15,8 @@ from hypothesis import strategies as st
 from discopt.errors import RunFolderError
 from discopt_llm import profile as profile_module
 from discopt_llm.errors import ProfileError
-from discopt_llm.profile import (
-    BANK_UNITS,
-    DROP_UNITS,
-    BankReference,
-    Decisions,
-    LayerLabels,
-    Profile,
-    labels_from_text,
-    read_profile,
-    text_from_labels,
-)
+from discopt_llm.profile import BANK_UNITS, BankReference, Profile, read_profile
+from discopt_llm.profile_text import DROP_UNITS, Decisions, LayerLabels, labels_from_text, text_from_labels
 
 BANK = BankReference("banks/gptq", "b" * 64)
 OTHER_BANK = BankReference("banks/sparsegpt", "c" * 64)
@@ -281,6 +272,16 @@ def changed(*path: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def refuses(profile: Profile, change: Callable[[Any], None], message: str, path: Path) -> None:
+    """The file of a profile that was changed is refused in one line."""
+    data = json.loads(profile.to_json())
+    change(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(ProfileError, match=rf"profile\.json: .*{message}") as caught:
+        read_profile(path)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -311,13 +312,7 @@ def changed(*path: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
     ],
 )
 def test_a_damaged_json_file_is_refused(change: Callable[[Any], None], message: str, tmp_path: Path) -> None:
-    data = json.loads(make().to_json())
-    change(data)
-    path = tmp_path / "profile.json"
-    path.write_text(json.dumps(data))
-    with pytest.raises(ProfileError, match=rf"profile\.json: .*{message}") as caught:
-        read_profile(path)
-    assert "\n" not in str(caught.value)
+    refuses(make(), change, message, tmp_path / "profile.json")
 
 
 @pytest.mark.parametrize(
@@ -340,13 +335,7 @@ def test_a_damaged_json_file_is_refused(change: Callable[[Any], None], message: 
 def test_a_damaged_file_of_levels_from_banks_is_refused(
     change: Callable[[Any], None], message: str, tmp_path: Path
 ) -> None:
-    data = json.loads(make_banked().to_json())
-    change(data)
-    path = tmp_path / "profile.json"
-    path.write_text(json.dumps(data))
-    with pytest.raises(ProfileError, match=rf"profile\.json: .*{message}") as caught:
-        read_profile(path)
-    assert "\n" not in str(caught.value)
+    refuses(make_banked(), change, message, tmp_path / "profile.json")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,59 +24,24 @@ from discopt_llm.evaluator import Evaluator
 from discopt_llm.fitness import KL
 from discopt_llm.models import load_model
 from discopt_llm.objective import CompressionObjective
-from discopt_llm.search import Prepared, begin
+from discopt_llm.search import Prepared
 from discopt_llm.students import EvalRequest, apply_profile, evaluate_student, read_student
 from tests.llm.families import tiny, tiny_tokenizer
 from tests.llm.reference import PlainObjective
+from tests.llm.searches import RUN_FILES, run
 
-STAGES = ("2@32", "1@96")
 BASELINES = DropRequest.known_baselines
 
 
-@pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text of its own for every paragraph, long enough for both sides."""
-    rng = random.Random(0)
-    words = ["loss", "search", "level", "unit", "block", "token", "model", "budget", "profile", "group"]
-    path = tmp_path_factory.mktemp("text") / "notes.txt"
-    path.write_text("\n\n".join(" ".join(rng.choices(words, k=40)) for _ in range(120)))
-    return path
-
-
 @pytest.fixture
-def request_(model_folder: Path, text: Path) -> DropRequest:
-    return DropRequest(
-        model=str(model_folder),
-        sparsity=0.25,
-        calibration=str(text),
-        sequence_length=32,
-        eval_tokens=128,
-        generations=4,
-        offspring=6,
-        stages=STAGES,
-        preset="demo",
-    )
-
-
-def run(request: DropRequest, out: Path) -> dict:
-    return begin(request, out, force=False, quiet=True)
+def request_(small: dict[str, Any]) -> DropRequest:
+    return DropRequest(**{**small, "start": None, "baselines": None}, sparsity=0.25)
 
 
 def test_a_run_leaves_its_folder(request_: DropRequest, tmp_path: Path) -> None:
     results = run(request_, tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {
-        "run.json",
-        "results.json",
-        "trace.jsonl",
-        "heuristics.json",
-        "checkpoint.json",
-        "profile.json",
-        "profile.txt",
-        "report.md",
-        "trace.png",
-        "units.png",
-    }
+    assert names == RUN_FILES
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
     assert [row["method"] for row in results["rows"]] == ["dense", *BASELINES.values(), "evolved"]
     assert results["met"] == {"attention_dropped": 2, "mlp_dropped": 2, "blocks": 8}
@@ -136,17 +102,17 @@ def test_a_finished_run_is_not_run_again(request_: DropRequest, tmp_path: Path) 
 
 
 def test_a_run_resumes_only_with_its_own_model_and_text(
-    request_: DropRequest, model_folder: Path, text: Path, tmp_path: Path
+    request_: DropRequest, model_folder: Path, notes: Path, tmp_path: Path
 ) -> None:
     run(replace(request_, max_seconds=1e-6), tmp_path / "run")
     folder = RunFolder.open(tmp_path / "run")
-    before = text.read_text()
-    text.write_text(before.replace("loss", "gain"))
+    before = notes.read_text()
+    notes.write_text(before.replace("loss", "gain"))
     try:
         with pytest.raises(RunFolderError, match="the calibration text is not the one that"):
             resume_drop(folder, quiet=True)
     finally:
-        text.write_text(before)
+        notes.write_text(before)
     folder.update_request(model={"source": "", "fingerprint": "other"})
     with pytest.raises(RunFolderError, match="the model is not the one that"):
         resume_drop(folder, quiet=True)
@@ -221,7 +187,7 @@ def test_the_published_generations_are_taken_where_none_are_given(request_: Drop
     assert request.settings(**task.changes()).generations == round(2 * (8 - 2) / 1.5)
 
 
-def test_eval_measures_what_the_run_reported(request_: DropRequest, text: Path, tmp_path: Path) -> None:
+def test_eval_measures_what_the_run_reported(request_: DropRequest, tmp_path: Path) -> None:
     results = run(request_, tmp_path / "run")
     prepared = Prepared.load(request_, lambda line: None)
     held_out = tmp_path / "heldout.txt"

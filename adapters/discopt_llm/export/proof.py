@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
 from discopt_llm.anatomy import skipped_
-from discopt_llm.errors import ModelError
+from discopt_llm.errors import ModelError, one_line
 from discopt_llm.export.folder import os_message
 from discopt_llm.models import LoadedModel
 
@@ -101,8 +101,7 @@ def unfit_if(what: str) -> Iterator[None]:
     except Exception as error:  # a model's own code may raise anything
         if os_message(error) is not None:
             raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UnfitError(f"{what}: {lines[0]}") from error
+        raise UnfitError(f"{what}: {one_line(error)}") from error
 
 
 @contextmanager
