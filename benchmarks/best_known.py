@@ -141,10 +141,10 @@ def look_for(name: str, seeds: int, children: int) -> dict[str, Any]:
 
 
 def keep(name: str, entry: dict[str, Any]) -> None:
-    """Write the entry unless a lower loss is known."""
+    """Write the entry if its loss is lower than known."""
     known = best_known()
-    if name in known and known[name]["loss"] < entry["loss"]:
-        print(f"{name}: kept {known[name]['loss']}, which is lower")
+    if name in known and known[name]["loss"] <= entry["loss"]:
+        print(f"{name}: kept {known[name]['loss']}, which is no higher")
         return
     known[name] = entry
     rows = [f"  {json.dumps(key)}: {json.dumps(known[key])}" for key in sorted(known)]  # an instance, a line

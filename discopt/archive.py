@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from discopt.optimizers.base import pack, unpack
+from discopt.arrays import pack, unpack
 from discopt.space import Levels
 
 Floats = NDArray[np.float64]
@@ -80,8 +80,8 @@ class Archive:
 class Elite:
     """The best profiles that are not too much alike, so that crossover has something to cross.
 
-    A newcomer within `apart` units of a member takes the place of the nearest, if it is no worse; any other takes the
-    place of the worst.
+    A newcomer that differs from members in less than `apart` units takes the place of all of them, if it is no worse
+    than the best of them; any other takes the place of the worst.
     """
 
     def __init__(self, n: int, size: int, apart: int) -> None:

@@ -149,11 +149,13 @@ Rule = Annotated[
     ),
 ]
 Algorithm = Annotated[
-    str,
+    str | None,
     _search(
-        "evopress, which hears all options of this panel; or learning, evopress-1, additive, annealing, exhaustive, "
-        "genetic, hill-climbing, random, which measure as many profiles as the generations have offspring.",
+        "learning, evopress-1, additive, annealing, exhaustive, genetic, hill-climbing or random, which measure as "
+        "many profiles as the generations have offspring; or evopress, which hears all options of this panel. Without "
+        "it: evopress where an option is given that it alone hears, else learning.",
         metavar="NAME",
+        show_default=False,
     ),
 ]
 Seed = Annotated[int, _search("Same seed, same run.", metavar="N", min=0)]
@@ -188,7 +190,7 @@ def solve(
     start_fidelity: StartFidelity = None,
     switches: Switches = "5,3,1",
     rule: Rule = "within",
-    algorithm: Algorithm = "evopress",
+    algorithm: Algorithm = None,
     seed: Seed = 0,
     max_evaluations: MaxEvaluations = None,
     max_fidelity: MaxFidelity = None,

@@ -97,7 +97,7 @@ class _Guide:
             rows = rows[self._make(rows, score, price, up=True)]
 
     def _steps(self, rows: Rows, up: bool) -> tuple[Ints, Floats]:
-        """What every move costs or frees, (r, k, moves), -1 where there is none; what it adds to the loss, (k, moves)."""
+        """What every move costs or frees, (r, k, moves), -1 for none, and what it adds to the loss, (k, moves)."""
         space, moves = self.space, self.space.moves
         profiles, n = self.profiles[rows], self.space.n
         everything = np.broadcast_to(np.arange(moves.count), (len(rows), moves.count))

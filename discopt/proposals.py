@@ -1,4 +1,4 @@
-"""Where a learning search gets its candidates from: the model, its best profiles crossed, switches, merged successes."""
+"""Where a learning search gets its candidates: the model, its best profiles crossed, switches, merged successes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def descend(
         going = going[better]
         if not len(going):
             break
-    return _stack([profile for _, profile in best.values()], space)
+    found = np.array([profile for _, profile in best.values()], dtype=np.int16).reshape(-1, space.n)
+    return found[archive.new(found)]  # two descents may have come by one profile
 
 
 def crossed(elite: Levels, count: int, space: SearchSpace, rng: np.random.Generator) -> Levels:
@@ -70,13 +71,13 @@ def crossed(elite: Levels, count: int, space: SearchSpace, rng: np.random.Genera
 def switched(parents: Levels, count: int, switches: int, space: SearchSpace, rng: np.random.Generator) -> Levels:
     """Offspring of parents (p, n) by up to `switches` level switches, the fewer the likelier: (at most count, n)."""
     plain = space.steady and not space.bundles and len(np.unique(space.group)) == 1
-    weights = 1.0 / np.arange(1, switches + 1) if switches > 1 else np.ones(1)
+    weights = 1.0 / np.arange(1, switches + 1)
     rule = "within" if plain else "exchange"
     return offspring(parents, count, space, rng, switches=tuple(weights), rule=rule)
 
 
 def merged(parent: Levels, children: Levels, space: SearchSpace, rng: np.random.Generator) -> Levels:
-    """The changes of all children (k, n) of a parent (n,), best first, in one: (1, n). An earlier child's change stands."""
+    """The changes of all children (k, n) of a parent (n,) in one, the earlier child's where they differ: (1, n)."""
     one = parent.copy()
     for child in children:
         one = np.where(one == parent, child, one)
@@ -90,7 +91,3 @@ def screen(model: Surrogate | None, candidates: Levels, count: int, archive: Arc
         return fresh[:count]
     expected = model.values(fresh, np.zeros(len(fresh), dtype=np.intp))
     return fresh[np.argsort(expected, kind="stable")[:count]]
-
-
-def _stack(profiles: list[Levels], space: SearchSpace) -> Levels:
-    return np.stack(profiles) if profiles else np.empty((0, space.n), dtype=np.int16)

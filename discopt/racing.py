@@ -14,8 +14,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from discopt.arrays import pack, unpack
 from discopt.objective import Losses
-from discopt.optimizers.base import pack, unpack
 from discopt.space import Levels
 
 Floats = NDArray[np.float64]
@@ -91,9 +91,10 @@ class Race:
         apart = np.where(np.isnan(apart), np.inf, apart)  # infinite losses of both
         weight = both * self._weight
         total = np.maximum(weight.sum(axis=1), 1e-300)
-        mean = (apart * weight).sum(axis=1) / total
         count = both.sum(axis=1)
         with np.errstate(invalid="ignore", divide="ignore"):
+            mean = (apart * weight).sum(axis=1) / total
+            mean = np.where(np.isnan(mean), np.inf, mean)  # infinite losses of either
             squares = (weight / total[:, None]) ** 2 * (apart - mean[:, None]) ** 2
             error = np.sqrt(squares.sum(axis=1) * count / (count - 1))
         known = (count > 1) & np.isfinite(mean)

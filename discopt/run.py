@@ -27,6 +27,8 @@ from discopt.folder import RunFolder
 from discopt.objective import Losses, Objective, Query, as_objective, evaluate, mean_loss
 from discopt.optimizers.base import Measurement, Optimizer, StopReason
 from discopt.optimizers.evopress import EvoPress, EvoPressSettings
+from discopt.optimizers.learning import Learning
+from discopt.optimizers.plan import Plan
 from discopt.space import Ints, Levels, SearchSpace
 
 logger = logging.getLogger(__name__)
@@ -107,7 +109,7 @@ class Result:
 def minimize(
     objective: Objective | Callable[..., Any],
     space: SearchSpace,
-    settings: EvoPressSettings | None = None,
+    settings: EvoPressSettings | Plan | None = None,
     *,
     seed: int = 0,
     optimizer: Optimizer | None = None,
@@ -120,17 +122,19 @@ def minimize(
     """Search for the profile of the space with the lowest loss.
 
     `objective` is an `Objective`, or a function of (population) or (population, fidelity, seed). The search is
-    EvoPress with `settings`, or any `optimizer` on the same space. With a `folder`, every stage is appended to
-    trace.jsonl and the state saved to checkpoint.json, at most once in `checkpoint_seconds`; `resume` goes on from
-    there and ends in the profile of an undisturbed run. A callback that returns True stops the search, and so does
-    Ctrl-C: the result is then the best so far.
+    `Learning` with a plan, by default the usual one; EvoPress with its settings; or any `optimizer` on the same space.
+    With a `folder`, every stage is appended to trace.jsonl and the state saved to checkpoint.json, at most once in
+    `checkpoint_seconds`; `resume` goes on from there and ends in the profile of an undisturbed run. A callback that
+    returns True stops the search, and so does Ctrl-C: the result is then the best so far.
 
     Raises ObjectiveError if the objective fails, RunFolderError for a checkpoint that cannot be used.
     """
     if optimizer is not None and settings is not None:
         raise ValueError("give settings or an optimizer, got both")
-    if optimizer is None:
+    if isinstance(settings, EvoPressSettings):
         optimizer = EvoPress(space, settings, seed=seed)
+    elif optimizer is None:
+        optimizer = Learning(space, settings, seed=seed)
     elif optimizer.space is not space:
         raise ValueError("the optimizer must search the given space, got one with another space")
     run = _Run(optimizer, limits or Limits(), folder, checkpoint_seconds)

@@ -60,7 +60,7 @@ class SolveRequest:
     start_fidelity: int | None = None
     switches: tuple[float, ...] = (5, 3, 1)
     rule: str = "within"
-    algorithm: str = "evopress"
+    algorithm: str | None = None  # None: evopress where an option is given that it alone hears, else learning
     max_evaluations: int | None = None
     max_fidelity: int | None = None
     max_seconds: float | None = None
@@ -70,28 +70,36 @@ class SolveRequest:
 
     def __post_init__(self) -> None:
         split_target(self.target)
-        if self.algorithm not in ALGORITHMS:
+        if self.algorithm not in (None, *ALGORITHMS):
             raise ValueError(f"algorithm must be {' or '.join(sorted(ALGORITHMS))}, got {self.algorithm!r}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
         self.settings()
         self.limits()
-        if self.algorithm != "evopress":
-            self._check_heard()
+        if self.chosen != "evopress":
             self.plan()
+            if unheard := self._unheard():
+                raise ValueError(f"algorithm {self.algorithm!r} {unheard}")
+            if self.start_profile is not None and self.algorithm in _WITHOUT_START:
+                raise ValueError(f"algorithm {self.algorithm!r} has no start, got {self.start}")
 
-    def _check_heard(self) -> None:
-        """Raise ValueError for an option that the algorithm would not hear."""
-        asked = f"algorithm {self.algorithm!r}"
+    @property
+    def chosen(self) -> str:
+        """The algorithm: where none is given evopress if an option is that it alone hears, else learning."""
+        if self.algorithm is not None:
+            return self.algorithm
+        return "evopress" if self._unheard() else "learning"
+
+    def _unheard(self) -> str | None:
+        """What is wrong with an option that EvoPress alone hears, for any other algorithm."""
         for field in fields(self):
             if field.name in _EVOPRESS_ONLY and getattr(self, field.name) != field.default:
-                raise ValueError(f"{field.name.replace('_', '-')} is for evopress alone, got it with {asked}")
+                return f"does not hear {field.name.replace('_', '-')}, which is for evopress"
         if len(self.stages) > 1:
-            raise ValueError(f"{asked} takes one stage, 1@FIDELITY, got {' '.join(self.stages)}")
+            return f"takes one stage, 1@FIDELITY, got {' '.join(self.stages)}"
         if self.start_profile is None and self.start != "auto":
-            raise ValueError(f"{asked} starts from a profile, or where it chooses, got start {self.start!r}")
-        if self.start_profile is not None and self.algorithm in _WITHOUT_START:
-            raise ValueError(f"{asked} has no start, got {self.start}")
+            return f"starts from a profile, or where it chooses, got start {self.start!r}"
+        return None
 
     def settings(self) -> EvoPressSettings:
         stages = tuple(Stage.parse(stage) for stage in self.stages) or (Stage(self.parents, 1),)
@@ -122,9 +130,9 @@ class SolveRequest:
         return Plan(self.generations * self.offspring, self.offspring, fidelity, self.start_profile)
 
     def optimizer(self, space: SearchSpace) -> Optimizer:
-        if self.algorithm == "evopress":
+        if self.chosen == "evopress":
             return EvoPress(space, self.settings(), seed=self.seed)
-        return ALGORITHMS[self.algorithm](space, self.plan(), self.seed)
+        return ALGORITHMS[self.chosen](space, self.plan(), self.seed)
 
     def command_line(self, out: Path | None) -> str:
         """The command that asks for this."""
@@ -244,7 +252,7 @@ def _results(request: SolveRequest, loaded: Loaded, result: Result, folder: RunF
     if result.start is not None and result.start.fidelity:
         rows.append({"method": "start", "loss": _number(result.start.loss), "fidelity": result.start.fidelity})
     if result.fidelity:
-        rows.append({"method": request.algorithm, "loss": _number(result.loss), "fidelity": result.fidelity})
+        rows.append({"method": request.chosen, "loss": _number(result.loss), "fidelity": result.fidelity})
     return {
         "format": "discopt-results",
         "version": 1,

@@ -14,7 +14,6 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_solve, cholesky, solve_triangular
 
 from discopt.space import Levels, SearchSpace
 
@@ -49,7 +48,9 @@ COVARIANCES = (
     *(Covariance("product", theta) for theta in (0.05, 0.15, 0.4)),
 )
 SPREADS = np.array([0.0, 1.0, 0.5, 2.0])  # of the draws in turn, over the temperature
+SLACK = 0.3  # standard deviation of what the model may be wrong by, over a loss's distance from the best
 TRUST = 0.25  # prior variance of the factor to the given prior, whose mean is 1
+LEAST_SCALE = 1e-6  # at which that variance stops growing, lest it drown all else
 NOISES = (1e-4, 1e-3, 1e-2, 1e-1)  # variance of what the covariance cannot explain, over that of the loss
 
 
@@ -102,16 +103,20 @@ class Surrogate:
 
         `prior` (n, m) is what each level is thought to add to the loss, up to a factor that is learned as well.
         """
+        from scipy.linalg import cho_solve, cholesky
+
         levels = level_features(space.n, space.m)
         features = _features(profiles, levels)
         mean, deviation = standard(losses)
         target = (losses - mean) / deviation
+        variances = _slackened(losses, variances)
         noise = shape.noise + variances / deviation**2 / shape.scale
         alike = (features @ features.T).astype(np.float64)
         covariance = shape.covariance(alike) + CONSTANT
-        scaled = None if prior is None else prior / deviation
+        scaled = None if prior is None else _centred(prior, profiles[_better(losses)]) / deviation
         expected = np.zeros(len(target)) if scaled is None else _expected(scaled, profiles)
-        covariance += TRUST / shape.scale * np.multiply.outer(expected, expected)
+        trust = TRUST / max(shape.scale, LEAST_SCALE)
+        covariance += trust * np.multiply.outer(expected, expected)
         covariance[np.diag_indices_from(covariance)] += noise
         factor = cholesky(covariance, lower=True, overwrite_a=True, check_finite=False)
         spread = temperature * min(1.0, np.sqrt(shape.scale))
@@ -128,7 +133,7 @@ class Surrogate:
             mean=mean,
             deviation=deviation,
             prior=scaled,
-            trust=1 + TRUST / shape.scale * (weight @ expected),
+            trust=1 + trust * (weight @ expected),
         )
 
     def values(self, profiles: Levels, draw: NDArray[np.intp]) -> Floats:
@@ -160,7 +165,10 @@ def best_shape(
     space: SearchSpace, profiles: Levels, losses: Floats, variances: Floats, prior: Floats | None = None
 ) -> Shape:
     """The shape under which the losses (N,) of profiles (N, n), beyond the prior (n, m), are likeliest."""
+    from scipy.linalg import cholesky, solve_triangular
+
     rows = slice(0, LIKELIHOOD_ROWS)
+    variances = _slackened(losses[rows], variances[rows])
     features = _features(profiles[rows], level_features(space.n, space.m))
     mean, deviation = standard(losses[rows])
     target = (losses[rows] - mean - (0.0 if prior is None else _expected(prior, profiles[rows]))) / deviation
@@ -171,12 +179,17 @@ def best_shape(
     for covariance in COVARIANCES:
         for noise in NOISES:
             matrix = covariance(alike) + CONSTANT
-            matrix[diagonal] += noise + variances[rows] / deviation**2
+            matrix[diagonal] += noise + variances / deviation**2
             factor = cholesky(matrix, lower=True, overwrite_a=True, check_finite=False)
             scale = float((solve_triangular(factor, target, lower=True, check_finite=False) ** 2).mean())
             likelihood = -0.5 * len(target) * np.log(max(scale, 1e-12)) - np.log(np.diag(factor)).sum()
             found.append((float(likelihood), Shape(covariance, noise, max(scale, 1e-12))))
     return max(found, key=lambda one: one[0])[1]
+
+
+def _centred(prior: Floats, profiles: Levels) -> Floats:
+    """The prior less each unit's mean over the profiles (k, n), as only differences count: (n, m) -> (n, m)."""
+    return prior - prior[np.arange(len(prior)), profiles].mean(axis=0)[:, None]
 
 
 def _expected(prior: Floats, profiles: Levels) -> Floats:
@@ -185,9 +198,20 @@ def _expected(prior: Floats, profiles: Levels) -> Floats:
     return total
 
 
+def _slackened(losses: Floats, variances: Floats) -> Floats:
+    """Variances (N,) with what the model may be wrong by: it is to tell the good profiles apart, not the bad."""
+    return variances + (SLACK * (losses - losses.min())) ** 2
+
+
 def standard(losses: Floats) -> tuple[float, float]:
-    """Mean and standard deviation (1 where there is none) of losses (N,)."""
-    return float(losses.mean()), float(losses.std()) or 1.0
+    """Mean and standard deviation (1 where there is none) of the better quarter of losses (N,)."""
+    better = losses[_better(losses)]
+    return float(better.mean()), float(better.std()) or 1.0
+
+
+def _better(losses: Floats) -> NDArray[np.intp]:
+    """The rows of the better quarter of losses (N,), best first."""
+    return np.argsort(losses, kind="stable")[: max(4, len(losses) // 4)]
 
 
 def level_features(n: int, m: int) -> Features:

@@ -26,12 +26,12 @@ def test_a_finished_run_says_so_and_prints_its_result_again(tmp_path: Path) -> N
     again = call("resume", "run", "--json")
     assert again.exit_code == 0
     assert again.stdout == first.stdout
-    assert "run is finished: all generations are done" in again.stderr
+    assert "run is finished: the limit of evaluations is reached" in again.stderr
     assert "best loss" in call("resume", "run").stdout
     assert {entry: entry.read_bytes() for entry in (tmp_path / "run").iterdir()} == before
 
 
-@pytest.mark.parametrize("algorithm", ["evopress", "random", "annealing", "genetic"])
+@pytest.mark.parametrize("algorithm", ["learning", "evopress", "random", "annealing", "genetic"])
 @pytest.mark.parametrize("limit", [["--max-evaluations", "100"], ["--max-fidelity", "300"], ["--max-seconds", "0.001"]])
 def test_a_run_that_a_limit_ended_goes_on_to_the_undisturbed_end(
     tmp_path: Path, limit: list[str], algorithm: str

@@ -13,9 +13,9 @@ from discopt import (
     EvoPressSettings,
     Limits,
     ObjectiveError,
+    Plan,
     Progress,
     Query,
-    Plan,
     RandomSearch,
     Result,
     RunFolder,
@@ -136,7 +136,7 @@ def test_a_checkpoint_of_another_space_is_refused(tmp_path: Path) -> None:
     run = folder(tmp_path / "run")
     minimize(loss, SPACE, SETTINGS, folder=run)
     with pytest.raises(RunFolderError, match="does not fit this run: expected the state of evopress on 5 units"):
-        minimize(loss, SearchSpace.cardinality(5, 2), folder=run, resume=True)
+        minimize(loss, SearchSpace.cardinality(5, 2), SETTINGS, folder=run, resume=True)
 
 
 def test_ctrl_c_ends_with_the_best_so_far_and_resumes_identically(tmp_path: Path) -> None:

@@ -257,8 +257,8 @@ def _report(
         markdown_rows(shown_rows(results["rows"])),
     ]
     choice = [
-        "## The final choice\n\nWhat the search found, and what it must not be worse than, on calibration text that the "
-        f"search has not seen ({results['fidelity']:,} tokens); the profile of least loss is the answer.",
+        "## The final choice\n\nWhat the search found, and what it must not be worse than, on calibration text that "
+        f"the search has not seen ({results['fidelity']:,} tokens); the profile of least loss is the answer.",
         markdown_rows([_shown_finalist(finalist) for finalist in results["choice"]]),
     ]
     alt = {"trace.png": "Loss over the tokens spent", "units.png": "The levels of the units"}

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from discopt.arrays import pack, unpack
 from discopt.objective import Losses
-from discopt.optimizers.base import StopReason, pack, unpack
+from discopt.optimizers.base import StopReason
 from discopt.optimizers.neighbours import Restarts
 from discopt.optimizers.one_sample import OneSample
 from discopt.optimizers.plan import Plan

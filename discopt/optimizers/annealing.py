@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from discopt.arrays import pack, unpack
 from discopt.objective import Losses
-from discopt.optimizers.base import StopReason, pack, unpack
+from discopt.optimizers.base import StopReason
 from discopt.optimizers.neighbours import Neighbours
 from discopt.optimizers.one_sample import OneSample
 from discopt.optimizers.plan import Plan

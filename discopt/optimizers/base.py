@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import enum
 import math
-import zlib
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from discopt.arrays import pack, unpack
 from discopt.candidates import Candidates
 from discopt.objective import Losses, Query
 from discopt.space import Levels, SearchSpace
@@ -135,18 +133,6 @@ def check_answer(asked: Query | None, query: Query) -> None:
             f"tell expects the answer to the last ask (seed {asked.seed}, fidelity {asked.fidelity}), "
             f"got seed {query.seed}, fidelity {query.fidelity}"
         )
-
-
-def pack(array: NDArray[np.generic]) -> dict[str, Any]:
-    """An array as JSON values."""
-    data = base64.b64encode(zlib.compress(np.ascontiguousarray(array).tobytes(), 1)).decode("ascii")
-    return {"dtype": array.dtype.str, "shape": list(array.shape), "zlib": data}
-
-
-def unpack(packed: dict[str, Any]) -> NDArray[Any]:
-    """The array that `pack` was given."""
-    data = zlib.decompress(base64.b64decode(packed["zlib"]))
-    return np.frombuffer(data, dtype=np.dtype(packed["dtype"])).reshape(packed["shape"]).copy()
 
 
 def pack_query(query: Query | None) -> dict[str, Any] | None:

@@ -13,10 +13,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from discopt.arrays import pack, unpack
 from discopt.candidates import Candidates
 from discopt.mutation import RULES, mutate
 from discopt.objective import Losses, Query, mean_loss
-from discopt.optimizers.base import Measurement, StopReason, check_answer, pack, pack_query, unpack, unpack_query
+from discopt.optimizers.base import Measurement, StopReason, check_answer, pack_query, unpack_query
 from discopt.space import Levels, SearchSpace
 
 MAX_SEED = 2**31

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from discopt.arrays import pack, unpack
 from discopt.exchange import exchange
 from discopt.objective import Losses
-from discopt.optimizers.base import StopReason, pack, unpack
+from discopt.optimizers.base import StopReason
 from discopt.optimizers.one_sample import OneSample
 from discopt.optimizers.plan import Plan
 from discopt.space import Levels, SearchSpace

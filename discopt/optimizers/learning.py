@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from discopt import proposals
 from discopt.archive import Archive, Elite
+from discopt.arrays import pack, unpack
 from discopt.objective import Losses, Query, mean_loss
-from discopt.optimizers.base import Measurement, StopReason, check_answer, pack, pack_query, unpack, unpack_query
+from discopt.optimizers.base import Measurement, StopReason, check_answer, pack_query, unpack_query
 from discopt.optimizers.evopress import MAX_SEED
 from discopt.optimizers.plan import Plan
 from discopt.racing import Race
@@ -28,7 +29,8 @@ from discopt.surrogate import Shape, Surrogate, best_shape
 
 RUNNERS_UP = 1  # of the final choice
 SOURCES = ("descent", "crossover", "switch", "merge")
-REFIT = 1.5
+UNSOURCED = -1  # a random profile, where the sources know nothing new
+REFIT = 1.5  # times as many measurements after which the model's shape is looked for again
 _START, _SEARCH, _CHOICE = "start", "search", "choice"  # what a query is for
 
 
@@ -45,7 +47,7 @@ class LearningSettings:
     references: tuple[tuple[int, ...], ...] = ()
     prior: NDArray[np.float64] | None = field(default=None, compare=False)
     first: int | None = None  # fidelity of a race's first round; None: an eighth of the plan's
-    choice: int | None = None  # fidelity of the final choice, where measurements are noisy; None: twice the plan's
+    choice: int | None = None  # fidelity of the final choice, where measurements are noisy; None: the plan's
     candidates: int = 8  # random profiles to begin with
     share: int = 8  # of a race's candidates, one in so many goes on after each round
     model_rows: int = 400  # measurements that the model is made of, at most
@@ -66,6 +68,8 @@ class LearningSettings:
         for name in ("first", "choice"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= self.apart <= 1:
+            raise ValueError(f"apart must be between 0 and 1, got {self.apart}")
         if self.temperature < 0 or self.radius < 1:
             raise ValueError(
                 f"temperature must not be negative and radius at least 1, got {self.temperature}, {self.radius}"
@@ -120,6 +124,7 @@ class Learning:
         self._level = 0.0  # what the incumbent is thought to lose, where measurements are noisy
         self._noise = 0.0  # variance of a paired difference at fidelity 1
         self._spent = 0
+        self._exhausted = False
         self._phase = _START
         given = [np.asarray(p) for p in ([self.plan.start] if self.plan.start is not None else [])]
         known = [*given, *map(np.asarray, (*self.settings.rivals, *self.settings.references))]
@@ -165,7 +170,8 @@ class Learning:
             self._learn_exact(query, losses)
         else:
             self._race.tell(losses)
-            if not self._race.done:
+            alone = self._phase != _SEARCH and self._race.round < len(self._race.fidelities)
+            if not self._race.done or alone:  # the start and the answer are measured in full, even by themselves
                 self._ask_round()
                 return
             self._learn_race(query, losses)
@@ -174,15 +180,14 @@ class Learning:
     def _learn_exact(self, query: Query, losses: Losses) -> None:
         means = mean_loss(losses)
         row = int(means.argmin())
-        before = self._best.loss if self._best.fidelity else np.inf
-        quarter = len(self._elite.losses) // 4
-        threshold = float(self._elite.losses[quarter]) if len(self._elite.losses) else np.inf
-        self._note_siblings(query.population, means - before)
+        before = self._best.loss if np.isfinite(self._best.loss) else np.inf
+        lost = np.subtract(means, before, out=np.full(len(means), np.inf), where=np.isfinite(means))
+        self._note_siblings(self._best.profile, query.population, lost)
         self._archive.add(query.population, means, np.zeros(len(means)))
         self._elite.offer(query.population, means)
         if means[row] <= before:
             self._best = Measurement.of_row(query, losses, row)
-        self._rate(means < threshold, improved=bool(means[row] < before), lost=means - before)
+        self._rate(means < before, improved=bool(means[row] < before), lost=lost)
         self._advance(improved=bool(means[row] < before))
 
     def _learn_race(self, query: Query, losses: Losses) -> None:
@@ -200,15 +205,18 @@ class Learning:
             self._archive.add(race.candidates[1:], self._level + behind[1:], variance[1:])
             self._elite.offer(race.candidates[1:], self._level + behind[1:] + np.sqrt(variance[1:]))
         if self._phase == _START:
-            self._archive.add(race.candidates[:1], np.array([self._level]), np.zeros(1))
+            level = self._level if np.isfinite(race.latest[0]) else np.inf
+            self._archive.add(race.candidates[:1], np.array([level]), np.zeros(1))
         last = int(np.flatnonzero((query.population == race.candidates[winner]).all(axis=1))[0])
-        self._best = Measurement.of_row(query, losses, last)
+        if winner or self._phase != _SEARCH or query.fidelity >= self._best.fidelity:
+            self._best = Measurement.of_row(query, losses, last)
         gain = race.latest[winner] - race.latest[0]  # on the last round's data alone, which did not choose the winner
         self._level += float(gain) if np.isfinite(gain) else 0.0
         if self._phase == _CHOICE:
             self.choice = _choice_of(race, winner)
         if self._phase == _SEARCH:
-            self._note_siblings(race.candidates[1:], np.where(known[1:], behind[1:] + error[1:], np.inf))
+            lost = np.where(known[1:], behind[1:] + error[1:], np.inf)
+            self._note_siblings(race.candidates[0], race.candidates[1:], lost)
             self._rate(behind[1:] < -error[1:], improved=winner > 0, lost=behind[1:])
         self._advance(improved=winner > 0)
 
@@ -233,33 +241,36 @@ class Learning:
             share = float((lost[switched] < 0).mean())
             self._switches = float(np.clip(self._switches * 1.5 ** np.sign(share - 0.2), 1.0, self.space.n / 4 + 1))
 
-    def _note_siblings(self, candidates: Levels, lost: NDArray[np.float64]) -> None:
-        """Keep the switched candidates (k, n) that beat their parent, best first: `lost` (k,) is what they lost more."""
-        own = (self._sources[: len(lost)] == SOURCES.index("switch")) if self._phase == _SEARCH else np.array([], bool)
-        better = np.flatnonzero(own & (lost[: len(own)] < 0)) if len(own) else np.array([], dtype=np.intp)
+    def _note_siblings(self, parent: Levels, candidates: Levels, lost: NDArray[np.float64]) -> None:
+        """Keep the switched candidates (k, n) that lost less than their parent (n,), `lost` (k,) more, best first."""
+        if self._phase != _SEARCH:
+            return
+        better = np.flatnonzero((self._sources[: len(lost)] == SOURCES.index("switch")) & (lost < 0))
         better = better[np.argsort(lost[better], kind="stable")]
-        self._siblings = np.concatenate([self._best.profile[None], candidates[better]])
+        self._siblings = np.concatenate([parent[None], candidates[better]])
 
     # -- the next query ------------------------------------------------------------------------------------------
 
     def _next(self) -> None:
-        if self._phase == _CHOICE:
-            self._finish(StopReason.EVALUATIONS)
-            return
         left = self.plan.total_fidelity - self._spent
-        if self.exact:
-            if left < 1:
-                self._finish(StopReason.EVALUATIONS)
+        enough = 1 if self.exact else self._race_cost(1 + self.plan.batch) + self._choice_cost()
+        if self._phase != _CHOICE and left >= enough:
+            self._phase = _SEARCH
+            candidates = self._propose(min(left, self._batch) if self.exact else self.plan.batch)
+            if len(candidates):
+                self._begin(candidates if self.exact else np.concatenate([self._best.profile[None], candidates]))
                 return
-        elif left < self._generation_cost() + self._choice_cost():
-            self._choose(left)
+            self._exhausted = True
+        finalists = self._finalists()
+        fidelity = min(4 * left // (len(finalists) + 12), self._choice_fidelity)
+        if self.exact or self._phase == _CHOICE or fidelity < 1:
+            self.stop = StopReason.EXHAUSTED if self._exhausted else StopReason.EVALUATIONS
+            self._query, self._race = None, None
             return
-        self._phase = _SEARCH
-        candidates = self._propose(min(left, self._batch) if self.exact else self.plan.batch)
-        if not len(candidates):
-            self._finish(StopReason.EXHAUSTED)
-            return
-        self._begin(candidates if self.exact else np.concatenate([self._best.profile[None], candidates]))
+        self._phase = _CHOICE
+        first = max(1, fidelity // 4)  # enough to part with those that are clearly worse
+        self._race = Race(finalists, (first, fidelity) if fidelity > first else (first,), max(1, len(finalists) // 2))
+        self._ask_round()
 
     @property
     def _batch(self) -> int:
@@ -273,21 +284,26 @@ class Learning:
             rounds.append(4 * rounds[-1])
         return (*rounds, self.plan.fidelity) if rounds[-1] < self.plan.fidelity else tuple(rounds)
 
-    def _generation_cost(self) -> int:
-        """What a race of a whole batch takes at most."""
-        cost, running = 0, self.plan.batch
+    def _race_cost(self, candidates: int) -> int:
+        """What a race of so many, the incumbent among them, takes at most."""
+        cost, others = 0, candidates - 1
         for fidelity in self._rounds():
-            cost += (running + 1) * fidelity
-            running = -(-running // self.settings.share)
+            cost += (1 + others) * fidelity
+            if not others:
+                break
+            others = -(-others // self.settings.share)
         return cost
 
     def _begin(self, candidates: Levels) -> None:
+        """Measure as many of the candidates, the first ones, as there is budget for."""
+        left = self.plan.total_fidelity - self._spent
         if self.exact:
-            left = self.plan.total_fidelity - self._spent
             self._query = Query(candidates[:left], 1, self._seed)
-        else:
-            self._race = Race(candidates, self._rounds(), self.settings.share)
-            self._ask_round()
+            return
+        while len(candidates) > 1 and self._race_cost(len(candidates)) > left:
+            candidates = candidates[:-1]
+        self._race = Race(candidates, self._rounds(), self.settings.share)
+        self._ask_round()
 
     def _ask_round(self) -> None:
         assert self._race is not None
@@ -295,34 +311,26 @@ class Learning:
         fresh = self._phase == _CHOICE
         self._query = Query(self._race.population, self._race.fidelity, seed, fresh=fresh)
 
-    def _choose(self, left: int) -> None:
-        """The final choice, on fresh data, with what is `left` of the budget."""
+    def _finalists(self) -> Levels:
+        """Those of the final choice, the best first: (k, n)."""
         references = [np.array(profile, dtype=np.int16) for profile in self.settings.references]
         known = [self._best.profile, self._uniform, *references, *self._elite.profiles[:RUNNERS_UP]]
-        finalists = _distinct(np.stack(known))
-        fidelity = min(left // len(finalists), self._choice_fidelity)
-        if fidelity < 1:
-            self._finish(StopReason.EVALUATIONS)
-            return
-        self._phase = _CHOICE
-        first = max(1, fidelity // 4)  # enough to part with those that are clearly worse
-        self._race = Race(finalists, (first, fidelity - first) if fidelity > first else (first,), share=1)
-        self._ask_round()
+        return _distinct(np.stack(known))
 
     @property
     def _choice_fidelity(self) -> int:
-        return self.settings.choice or 2 * self.plan.fidelity
+        return self.settings.choice or self.plan.fidelity
 
     def _choice_cost(self) -> int:
-        """What the final choice takes, if two profiles are left after its first round."""
+        """What the final choice takes at most: three profiles in the last round, all in a quarter of that before."""
         finalists = 2 + len(self.settings.references) + RUNNERS_UP
-        return (finalists // 4 + 2) * self._choice_fidelity
+        return (finalists + 12) * self._choice_fidelity // 4
 
     def _propose(self, count: int) -> Levels:
         """New candidates of all sources, (at most count, n)."""
         rng, archive, space = self._rng, self._archive, self.space
         elite = self._elite.profiles
-        incumbent = self._best.profile if not self.exact else elite[0]
+        incumbent = elite[0] if self.exact and len(elite) else self._best.profile
         model = self._model()
         shares = self._shares(count, model is not None)
         found: list[Levels] = []
@@ -347,6 +355,10 @@ class Learning:
             archive.remember(new)
             found.append(new)
             sources += [number] * len(new)
+        if not sources:  # the neighbours are all known
+            found = [proposals.screen(model, space.random(proposals.SCREENED * count, rng), count, archive)]
+            archive.remember(found[0])
+            sources = [UNSOURCED] * len(found[0])
         self._sources = np.array(sources, dtype=np.int8)
         return np.concatenate(found)
 
@@ -355,14 +367,14 @@ class Learning:
         shares = dict.fromkeys(SOURCES, 0)
         if len(self._siblings) > 2 and count > 1:
             shares["merge"] = 1
-        able = [s for s in SOURCES if s != "merge" and (modelled or s != "descent") and count > 1]
-        able = [s for s in able if s != "crossover" or len(self._archive.losses) >= self.settings.crossover_from] or [
-            "switch"
-        ]
+        crossing = len(self._elite.losses) > 0 and len(self._archive.losses) >= self.settings.crossover_from
+        able = [s for s, can in (("descent", modelled), ("crossover", crossing), ("switch", True)) if can]
         worth = np.array([max(self._worth[source], 0.05) for source in able])
-        parts = self._rng.multinomial(max(count - shares["merge"] - len(able), 0), worth / worth.sum())
+        count -= shares["merge"]
+        least = int(count >= len(able))
+        parts = self._rng.multinomial(count - least * len(able), worth / worth.sum())
         for source, part in zip(able, parts, strict=True):
-            shares[source] = 1 + int(part)
+            shares[source] = least + int(part)
         return shares
 
     def _merge(self) -> Levels:
@@ -389,12 +401,11 @@ class Learning:
             return None
         prior = np.asarray(self.settings.prior, dtype=np.float64)
         shape = (self.space.n, self.space.m)
-        if prior.shape != shape or not np.isfinite(prior[self.space.allowed]).all():
-            raise ValueError(f"prior must have shape {shape} and be finite where allowed, got {prior.shape}")
+        if prior.shape != shape:
+            raise ValueError(f"prior must have shape {shape}, got {prior.shape}")
+        if not (finite := np.isfinite(prior[self.space.allowed])).all():
+            raise ValueError(f"prior must be finite where allowed, got {(~finite).sum()} values that are not")
         return np.where(self.space.allowed, prior, 0.0)
-
-    def _finish(self, reason: StopReason) -> None:
-        self.stop, self._query, self._race = reason, None, None
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -408,6 +419,7 @@ class Learning:
         "_level",
         "_noise",
         "_spent",
+        "_exhausted",
         "_phase",
     )
 

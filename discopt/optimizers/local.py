@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from discopt.arrays import pack, unpack
 from discopt.objective import Losses
-from discopt.optimizers.base import StopReason, pack, unpack
+from discopt.optimizers.base import StopReason
 from discopt.optimizers.neighbours import Neighbours, Restarts
 from discopt.optimizers.one_sample import OneSample
 from discopt.optimizers.plan import Plan

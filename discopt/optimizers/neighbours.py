@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from discopt.arrays import pack, unpack
 from discopt.exchange import exchange
 from discopt.mutation import level_switch
-from discopt.optimizers.base import pack, unpack
 from discopt.space import Levels, SearchSpace
 
 POOL = 64  # exchanges drawn together
