@@ -80,8 +80,11 @@ def merged(parent: Levels, children: Levels, space: SearchSpace, rng: np.random.
     """The changes of all children (k, n) of a parent (n,) in one, the earlier child's where they differ: (1, n)."""
     one = parent.copy()
     for child in children:
-        one = np.where(one == parent, child, one)
-    return cross(one[None], one[None], space, rng)
+        free = one == parent
+        for units in space.bundles:
+            free[units] = free[units].all()
+        one = np.where(free, child, one)
+    return one[None] if space.feasible(one[None])[0] else cross(one[None], one[None], space, rng)
 
 
 def screen(model: Surrogate | None, candidates: Levels, count: int, archive: Archive) -> Levels:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from discopt import SearchSpace
 from discopt.guided import cross, trade
+from discopt.proposals import merged
 from tests.spaces import SPACES
 
 from .test_space import spaces
@@ -69,6 +70,26 @@ def test_what_the_parents_share_changes_only_where_the_budget_asks_for_it() -> N
     assert shared.sum(axis=1).mean() > 5
     assert np.median(of_neither.sum(axis=1)) < 0.25 * EQUAL.n
     assert changed.mean() < 0.2 * shared.sum(axis=1).mean()
+
+
+@given(data=st.data())
+@settings(max_examples=60)
+def test_merged_changes_are_feasible(data: st.DataObject) -> None:
+    space = data.draw(spaces())
+    rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
+    one = merged(space.random(1, rng)[0], space.random(3, rng), space, rng)
+    assert one.shape == (1, space.n)
+    assert space.feasible(one).all()
+
+
+def test_the_earlier_of_two_changes_of_a_unit_or_bundle_stands() -> None:
+    space = SearchSpace.build(np.tile(np.arange(3), (6, 1)), 6, together=["a", "a", "b", "c", "d", "e"])
+    parent = np.array([1, 2, 1, 1, 1, 0], dtype=np.int16)
+    first = np.array([2, 2, 0, 1, 1, 0], dtype=np.int16)
+    second = np.array([0, 0, 2, 1, 1, 2], dtype=np.int16)  # drops the bundle that the first has changed
+    one = merged(parent, np.stack([first, second]), space, np.random.default_rng(0))[0]
+    assert space.feasible(one[None])[0]
+    assert (one[:2] > 0).all()
 
 
 def test_half_of_a_child_is_from_each_parent() -> None:

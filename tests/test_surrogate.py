@@ -63,7 +63,7 @@ def dense(profiles, losses, variances, shape, queries, prior=None):
 
 @pytest.fixture(autouse=True)
 def _as_certain_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All profiles count alike here, the bad as much as the good; `test_the_best_profiles_count_most` is on the rest."""
+    """All profiles count alike here, the bad as much as the good, but where a test says otherwise."""
     monkeypatch.setattr(surrogate, "SLACK", 0.0)
 
 

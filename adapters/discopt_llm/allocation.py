@@ -118,6 +118,10 @@ class Measured:
         """The profile of a population (k, n) with the lowest loss, (n,), and the tokens it took to find it."""
         return population[int(np.argmin(self._losses(what, population)))], self._tokens(population)
 
+    def random(self, space: SearchSpace, count: int, seed: int) -> tuple[Levels, int]:
+        """The best of so many random profiles, (n,), and the tokens it took to find it."""
+        return self.best("random profiles", space.random(count, np.random.default_rng((seed, 1))))
+
     def effects(self, genome: Genome, centre: Levels) -> tuple[NDArray[np.float64], int]:
         """What each level of a unit adds to the loss by itself, (n, m), and the tokens it took to measure that.
 

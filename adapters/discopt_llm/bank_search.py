@@ -313,8 +313,7 @@ class BankTask(Task):
                 effects, tokens = measured.effects(genome, uniform)
                 profiles[name] = solve_separable(space, effects), tokens
             elif name == "random":
-                rng = np.random.default_rng((request.seed, 1))
-                profiles[name] = measured.best("random profiles", space.random(chosen.start_candidates, rng))
+                profiles[name] = measured.random(space, chosen.start_candidates, request.seed)
             elif name == "owl":
                 profiles[name] = measured.best("OWL", allocation.owl(self.levels.banks[0], genome, space))
         rivals = [profile for name, (profile, _) in profiles.items() if name not in ("uniform", "random")]

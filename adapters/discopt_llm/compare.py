@@ -117,7 +117,7 @@ class CompareRequest:
             options["bits" if self.task == "quantization" else "sparsity"] = self.target
         if self.bank_method is not None:
             options["method"] = self.bank_method
-        return kind(**options, start="auto", baselines=())
+        return kind(**options, start="auto", baselines=(), algorithm="learning")
 
     @property
     def chosen_methods(self) -> tuple[str, ...]:

@@ -13,9 +13,11 @@ from discopt.progress import task as progress_task
 from discopt.space import Levels as LevelNumbers
 from discopt.space import SearchSpace
 from discopt_llm import baselines
+from discopt_llm.allocation import Measured
 from discopt_llm.drop import DropLevels, Unit, blocks_to_drop, drop_space
 from discopt_llm.errors import ModelError
 from discopt_llm.evaluator import Evaluator
+from discopt_llm.fitness import fitness_by_name
 from discopt_llm.heldout import Method
 from discopt_llm.models import LoadedModel
 from discopt_llm.presets import DROP_PRESETS, Preset, published_generations
@@ -105,17 +107,18 @@ class DropTask(Task):
         return read_drop_student(path, self.loaded, unit=self.levels.unit)[1]
 
     def heuristics(self, prepared: Prepared, evaluator: Evaluator, *, quiet: bool) -> Heuristics:
-        """What scores of the dense model's hidden states give."""
+        """What scores of the dense model's hidden states give; the best random profile, unless the search has it."""
         request, levels, space = self.request, self.levels, self.space
         names = [name for name in _SCORED if name in request.compared]
         competes = request.chosen.start == "heuristics"
+        random = self._random(prepared, evaluator, quiet=quiet)
         if not names and not competes:
-            return Heuristics(())
+            return Heuristics(random)
         tokens = min(request.chosen.baseline_tokens, prepared.calibration.tokens)
         sample = prepared.calibration.sample(tokens, request.seed)
         with progress_task("heuristics", len(sample), unit="sequences", quiet=quiet) as progress:
             alike = baselines.similarity(prepared.loaded, sample, done=progress.advance)
-        methods = []
+        methods = [*random]
         for name in names:
             try:
                 methods.append(Method(request.known_baselines[name], _SCORED[name](alike, levels, space), tokens))
@@ -125,7 +128,17 @@ class DropTask(Task):
         if competes:
             windows = baselines.unit_windows(alike, levels, space, START_WINDOWS)
             rivals = [baselines.shortgpt(alike, levels, space), *windows]
-        return Heuristics(tuple(methods), tuple(rivals), tokens)
+        references = tuple(method.profile for method in methods[len(random) :])
+        return Heuristics(tuple(methods), tuple(rivals), tokens, references=references)
+
+    def _random(self, prepared: Prepared, evaluator: Evaluator, *, quiet: bool) -> tuple[Method, ...]:
+        request, chosen = self.request, self.request.chosen
+        if chosen.algorithm == "evopress" or "random" not in request.compared:
+            return ()
+        sample = prepared.calibration.sample(min(chosen.start_fidelity, prepared.calibration.tokens), request.seed)
+        measured = Measured(evaluator, sample, fitness_by_name(request.fitness), quiet=quiet)
+        profile, tokens = measured.random(self.space, chosen.start_candidates, request.seed)
+        return (Method(request.known_baselines["random"], profile, tokens),)
 
     def document(self, profile: LevelNumbers) -> Profile:
         loaded, levels = self.loaded, self.levels

@@ -86,7 +86,7 @@ _SMALL = {
     "demo": replace(
         DROP_PRESETS["demo"],
         stages=(Stage(2, 512), Stage(1, 2048)),
-        generations=4,
+        generations=8,
         bank_tokens=16384,
     ),
 }

@@ -22,7 +22,8 @@ from discopt.errors import BudgetError, RunFolderError
 from discopt.folder import RunFolder, distribution_version, request_of
 from discopt.optimizers.base import Optimizer, StopReason
 from discopt.optimizers.evopress import EvoPress, EvoPressSettings, Stage
-from discopt.optimizers.learning import Learning, LearningSettings
+from discopt.optimizers.learning import Learning
+from discopt.optimizers.learning_settings import LearningSettings
 from discopt.optimizers.plan import Plan
 from discopt.progress import ProgressBar
 from discopt.report import option_words
@@ -419,10 +420,12 @@ def feasible_start(path: str, profile: LevelNumbers, space: SearchSpace) -> Leve
 
 def _choice(optimizer: Learning, heuristics: Heuristics) -> list[dict[str, Any]]:
     """The final choice, best first: `method`, `loss`, its `difference` to the chosen one and the `standard_error`."""
-    names = {method.profile.tobytes(): method.name for method in heuristics.methods}
+    names: dict[bytes, list[str]] = {}
+    for method in heuristics.methods:
+        names.setdefault(method.profile.tobytes(), []).append(method.name)
     return [
         {
-            "method": names.get(finalist.profile.tobytes(), "found by the search"),
+            "method": " = ".join(names.get(finalist.profile.tobytes(), ["found by the search"])),
             "loss": finalist.loss,
             "difference": finalist.difference,
             "standard_error": finalist.standard_error,

@@ -12,7 +12,8 @@ from discopt.optimizers.base import Measurement, Optimizer, StopReason
 from discopt.optimizers.evopress import EvoPress, EvoPressSettings, Stage
 from discopt.optimizers.exhaustive import Exhaustive
 from discopt.optimizers.genetic import Genetic
-from discopt.optimizers.learning import Learning, LearningSettings
+from discopt.optimizers.learning import Learning
+from discopt.optimizers.learning_settings import LearningSettings
 from discopt.optimizers.local import HillClimbing
 from discopt.optimizers.plan import Plan
 from discopt.optimizers.random import RandomSearch

@@ -10,8 +10,7 @@ not seen. What earned its place, and by how much, is in docs/algorithms.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +21,7 @@ from discopt.arrays import pack, unpack
 from discopt.objective import Losses, Query, mean_loss
 from discopt.optimizers.base import Measurement, StopReason, check_answer, pack_query, unpack_query
 from discopt.optimizers.evopress import MAX_SEED
+from discopt.optimizers.learning_settings import Finalist, LearningSettings
 from discopt.optimizers.plan import Plan
 from discopt.racing import Race
 from discopt.space import Levels, SearchSpace
@@ -32,67 +32,6 @@ SOURCES = ("descent", "crossover", "switch", "merge")
 UNSOURCED = -1  # a random profile, where the sources know nothing new
 REFIT = 1.5  # times as many measurements after which the model's shape is looked for again
 _START, _SEARCH, _CHOICE = "start", "search", "choice"  # what a query is for
-
-
-@dataclass(frozen=True)
-class LearningSettings:
-    """What can be set beside the plan.
-
-    `rivals` are profiles found by whatever means, that the start has to beat. `references` are those that the answer
-    must not be worse than: they and the uniform profile take part in the final choice. `prior` (n, m) is what each
-    level of a unit is thought to add to the loss, up to a factor near 1 that is learned.
-    """
-
-    rivals: tuple[tuple[int, ...], ...] = ()
-    references: tuple[tuple[int, ...], ...] = ()
-    prior: NDArray[np.float64] | None = field(default=None, compare=False)
-    first: int | None = None  # fidelity of a race's first round; None: an eighth of the plan's
-    choice: int | None = None  # fidelity of the final choice, where measurements are noisy; None: the plan's
-    candidates: int = 8  # random profiles to begin with
-    share: int = 8  # of a race's candidates, one in so many goes on after each round
-    model_rows: int = 400  # measurements that the model is made of, at most
-    model_cells: int = 1 << 22  # and their levels in all; a space where fewer than 64 fit gets no model
-    elite: int = 128  # profiles that are crossed
-    crossover_from: int = 300  # profiles measured before there is any crossover
-    small: int = 8  # candidates of a generation to begin with, where measurements are exact
-    apart: float = 0.1  # share of the units that two of these differ in, at least
-    temperature: float = 0.3  # of the model's draws; 1 is Thompson sampling
-    radius: float = 16.0  # of the trust region to begin with, in units
-
-    def __post_init__(self) -> None:
-        for name in ("model_rows", "model_cells", "elite", "share", "small"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.candidates < 0:
-            raise ValueError(f"candidates must not be negative, got {self.candidates}")
-        for name in ("first", "choice"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not 0 <= self.apart <= 1:
-            raise ValueError(f"apart must be between 0 and 1, got {self.apart}")
-        if self.temperature < 0 or self.radius < 1:
-            raise ValueError(
-                f"temperature must not be negative and radius at least 1, got {self.temperature}, {self.radius}"
-            )
-
-
-@dataclass(frozen=True, eq=False)
-class Finalist:
-    """A profile of the final choice: how much more it lost there than the one that was chosen."""
-
-    profile: Levels  # (n,)
-    loss: float
-    difference: float
-    standard_error: float | None  # of the difference; None with one sample
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {**vars(self), "profile": self.profile.tolist()}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The inverse of `to_dict`."""
-        return cls(**{**values, "profile": np.array(values["profile"], dtype=np.int16)})
 
 
 class Learning:
@@ -210,8 +149,8 @@ class Learning:
         last = int(np.flatnonzero((query.population == race.candidates[winner]).all(axis=1))[0])
         if winner or self._phase != _SEARCH or query.fidelity >= self._best.fidelity:
             self._best = Measurement.of_row(query, losses, last)
-        gain = race.latest[winner] - race.latest[0]  # on the last round's data alone, which did not choose the winner
-        self._level += float(gain) if np.isfinite(gain) else 0.0
+        if np.isfinite(race.latest[[0, winner]]).all():  # of the last round alone, which did not choose the winner
+            self._level += float(race.latest[winner] - race.latest[0])
         if self._phase == _CHOICE:
             self.choice = _choice_of(race, winner)
         if self._phase == _SEARCH:
@@ -263,13 +202,16 @@ class Learning:
             self._exhausted = True
         finalists = self._finalists()
         fidelity = min(4 * left // (len(finalists) + 12), self._choice_fidelity)
+        rounds: tuple[int, ...] = (fidelity // 4, fidelity)  # the first parts with those that are clearly worse
+        if fidelity < 4:
+            fidelity = min(left // len(finalists), self._choice_fidelity)
+            rounds = (fidelity,)
         if self.exact or self._phase == _CHOICE or fidelity < 1:
             self.stop = StopReason.EXHAUSTED if self._exhausted else StopReason.EVALUATIONS
             self._query, self._race = None, None
             return
         self._phase = _CHOICE
-        first = max(1, fidelity // 4)  # enough to part with those that are clearly worse
-        self._race = Race(finalists, (first, fidelity) if fidelity > first else (first,), max(1, len(finalists) // 2))
+        self._race = Race(finalists, rounds, max(1, len(finalists) // 2))
         self._ask_round()
 
     @property
@@ -289,8 +231,6 @@ class Learning:
         cost, others = 0, candidates - 1
         for fidelity in self._rounds():
             cost += (1 + others) * fidelity
-            if not others:
-                break
             others = -(-others // self.settings.share)
         return cost
 
@@ -302,7 +242,8 @@ class Learning:
             return
         while len(candidates) > 1 and self._race_cost(len(candidates)) > left:
             candidates = candidates[:-1]
-        self._race = Race(candidates, self._rounds(), self.settings.share)
+        rounds = self._rounds() if len(candidates) > 1 else (self.plan.fidelity,)
+        self._race = Race(candidates, rounds, self.settings.share)
         self._ask_round()
 
     def _ask_round(self) -> None:
@@ -367,7 +308,9 @@ class Learning:
         shares = dict.fromkeys(SOURCES, 0)
         if len(self._siblings) > 2 and count > 1:
             shares["merge"] = 1
-        crossing = len(self._elite.losses) > 0 and len(self._archive.losses) >= self.settings.crossover_from
+        crossing = (
+            modelled and len(self._elite.losses) > 0 and len(self._archive.losses) >= self.settings.crossover_from
+        )
         able = [s for s, can in (("descent", modelled), ("crossover", crossing), ("switch", True)) if can]
         worth = np.array([max(self._worth[source], 0.05) for source in able])
         count -= shares["merge"]
