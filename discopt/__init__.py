@@ -71,8 +71,8 @@ _HOMES = {
     "errors": "BudgetError DiscoptError ObjectiveError RunFolderError",
     "folder": "RunFolder",
     "objective": "Objective Query as_objective",
-    "optimizers": "Additive Annealing EvoPress EvoPressSettings Exhaustive Genetic HillClimbing Learning LearningSettings "
-    "Measurement Optimizer Plan RandomSearch Stage StopReason",
+    "optimizers": "Additive Annealing EvoPress EvoPressSettings Exhaustive Genetic HillClimbing Learning "
+    "LearningSettings Measurement Optimizer Plan RandomSearch Stage StopReason",
     "problem": "Problem",
     "run": "Limits Progress Result minimize",
     "separable": "solve_separable",

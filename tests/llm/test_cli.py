@@ -53,7 +53,7 @@ def test_drop_ends_with_its_table(model_folder: Path, tmp_path: Path) -> None:
         *BASELINES.values(),
         "evolved",
     ]
-    assert "search: generation 3" in result.stderr
+    assert "search: generation" in result.stderr
 
 
 def test_json_is_one_object_and_nothing_else(model_folder: Path, tmp_path: Path) -> None:

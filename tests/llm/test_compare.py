@@ -128,7 +128,7 @@ def test_generations_are_at_least_forty(
     monkeypatch.setitem(METHODS, "evopress", Contender("look", look))
     for task, preset in (("drop", "fast"), ("quantization", "demo"), ("sparsity", "paper")):
         request = replace(requests[task], preset=preset, generations=None, methods=("evopress",), seeds=1)
-        small = {"offspring": 16, "calibration_tokens": 2048}
+        small = {"offspring": 16, "calibration_tokens": 3072}
         run(replace(request, **small), tmp_path / task)
     assert seen == [LEAST_GENERATIONS, LEAST_GENERATIONS, 400]
 
