@@ -64,8 +64,8 @@ Algorithm = Annotated[
     str | None,
     search(
         metavar="learning|evopress",
-        help="Search with a model of the loss that learns, and a final choice on text kept apart (fast, demo), or as "
-        "EvoPress does (preset paper). For the same options both spend as many tokens.",
+        help="Search with a model of the loss that learns, and a final choice on text kept apart (fast and demo, for "
+        "what has a bank), or as EvoPress does (preset paper, and dropping). Both spend as many tokens.",
     ),
 ]
 Start = Annotated[

@@ -22,7 +22,7 @@ class Preset:
     generations: int | None = None  # None: k (n - k) / 1.5 to drop k of n blocks
     start: str = "heuristics"  # see search.STARTS
     bank_tokens: int | None = None  # to build a bank with; None is all there is
-    algorithm: str = "learning"  # or evopress
+    algorithm: str = "evopress"  # or learning
     rule: str = "exchange"  # how budget crosses groups where units of all groups may trade
 
 
@@ -37,7 +37,6 @@ DROP_PRESETS = {
         baseline_tokens=32768,
         eval_tokens=None,
         start="random",
-        algorithm="evopress",
     ),
     "fast": Preset(
         "EvoPress, Table 8, super-fast: 16 offspring, 1@512 1@8192",
@@ -74,7 +73,6 @@ _PUBLISHED = Preset(
     generations=400,
     start="auto",
     bank_tokens=2**23,
-    algorithm="evopress",
     rule="across",
 )
 _SMALL = {
@@ -82,12 +80,14 @@ _SMALL = {
         DROP_PRESETS["fast"],
         summary="EvoPress, Table 8, super-fast: 16 offspring, 1@512 1@8192, 400 generations",
         generations=400,
+        algorithm="learning",
     ),
     "demo": replace(
         DROP_PRESETS["demo"],
         stages=(Stage(2, 512), Stage(1, 2048)),
         generations=8,
         bank_tokens=16384,
+        algorithm="learning",
     ),
 }
 SPARSITY_PRESETS = {"paper": _PUBLISHED, **_SMALL}

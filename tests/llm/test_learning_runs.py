@@ -28,8 +28,8 @@ pytestmark = pytest.mark.usefixtures("_no_pictures")
 
 
 def learning(asked: SearchRequest) -> SearchRequest:
-    """With the preset's own algorithm and start, all baselines, and tokens for some generations."""
-    return replace(asked, algorithm=None, start=None, baselines=None, generations=12)
+    """With the preset's own start, all baselines, and tokens for some generations."""
+    return replace(asked, algorithm="learning", start=None, baselines=None, generations=12)
 
 
 @pytest.fixture
