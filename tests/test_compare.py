@@ -151,6 +151,8 @@ def begun(out: str) -> tuple[subprocess.Popen[str], list[str]]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A background shell has it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     wait_for_lines(Path(out) / "runs.jsonl", 2)
     return process, words
