@@ -356,10 +356,12 @@ class BankTask(Task):
 
     def sentence(self, profile: LevelNumbers) -> str:
         request = self.request
+        of_groups = request.group in ("size", "name") and request.chosen.algorithm == "evopress"
+        group = request.group if of_groups or request.group == "runtime" else "none"
         banks = [f"- `{bank.path}`: {bank_words(bank)}" for bank in self.levels.banks]
         return (
             f"Asked: {request.budget.words} for `{request.model}`. Met: {met_words(self.met(profile))}.\n\n"
-            f"{_TRADES[request.group]} The levels come from\n\n" + "\n".join(banks)
+            f"{_TRADES[group]} The levels come from\n\n" + "\n".join(banks)
         )
 
     def listing(self, profile: LevelNumbers) -> str:
