@@ -70,9 +70,8 @@ def crossed(elite: Levels, count: int, space: SearchSpace, rng: np.random.Genera
 
 def switched(parents: Levels, count: int, switches: int, space: SearchSpace, rng: np.random.Generator) -> Levels:
     """Offspring of parents (p, n) by up to `switches` level switches, the fewer the likelier: (at most count, n)."""
-    plain = space.steady and not space.bundles and len(np.unique(space.group)) == 1
     weights = 1.0 / np.arange(1, switches + 1)
-    rule = "within" if plain else "exchange"
+    rule = "within" if space.even else "exchange"
     return offspring(parents, count, space, rng, switches=tuple(weights), rule=rule)
 
 

@@ -191,7 +191,7 @@ class _Run:
         idle = self.optimizer.generation - self.optimizer.improved_at
         if limits.stagnation is not None and idle >= limits.stagnation:
             return StopReason.STAGNATION
-        if limits.seconds is not None and self.seconds >= limits.seconds:
+        if limits.seconds is not None and self.evaluations and self.seconds >= limits.seconds:
             return StopReason.TIME
         query = self.optimizer.ask()
         if limits.evaluations is not None and self.evaluations + len(query) > limits.evaluations:

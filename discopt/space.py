@@ -197,6 +197,11 @@ class SearchSpace:
         return all(bool((steps[:, groups == g] == steps[:, groups == g][:, :1]).all()) for g in np.unique(groups))
 
     @cached_property
+    def even(self) -> bool:
+        """Whether any unit may trade with any other by a switch, and the cost stays as it is."""
+        return self.steady and not self.bundles and len(np.unique(self.group)) == 1
+
+    @cached_property
     def group_members(self) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
         """Units sorted by group (n,), and for each group where it starts there and how many it has (groups,)."""
         size = np.bincount(self.group)

@@ -77,6 +77,7 @@ def test_the_same_seed_gives_the_same_run() -> None:
 def test_limits_stop_the_search(limits: Limits, stop: StopReason) -> None:
     result = minimize(loss, SPACE, SETTINGS, seed=1, limits=limits)
     assert result.stop is stop
+    assert result.evaluations > 0
     assert limits.evaluations is None or result.evaluations <= limits.evaluations
     assert limits.fidelity is None or result.total_fidelity <= limits.fidelity
     assert limits.target is None or result.loss <= limits.target

@@ -138,14 +138,6 @@ def _evenly(context: Context, seed: int) -> Found:
     return Found(context.space.nearest_uniform())
 
 
-def _random(context: Context, seed: int) -> Found:
-    """The best of as many random profiles as the preset starts with."""
-    chosen = context.prepared.request.chosen
-    population = context.space.random(chosen.start_candidates, np.random.default_rng((seed, 1)))
-    losses = context.losses("random profiles", population, chosen.start_fidelity, seed)
-    return Found(population[int(losses.argmin())], len(population) * chosen.start_fidelity)
-
-
 def _baseline(name: str) -> Run:
     """A baseline that the task knows by this name."""
 
@@ -239,8 +231,7 @@ def _default_search(context: Context, seed: int) -> Found:
     heuristics = asked.task.heuristics(asked.prepared, context.evaluator, quiet=context.quiet)
     paper = _paper_settings(context)
     left = paper.generations / OURS_SHARE - heuristics.tokens / paper.generation_fidelity
-    request = replace(asked.prepared.request, generations=max(1, round(left)))
-    asked = replace(asked, prepared=replace(asked.prepared, request=request))
+    asked = asked.asked(seed, generations=max(1, round(left)))
     return asked.search(OURS, optimizer_of(asked.prepared, asked.task, heuristics), heuristics.tokens)
 
 
@@ -249,7 +240,7 @@ _BANKS = (SPARSITY, QUANTIZATION)
 METHODS: dict[str, Contender] = {
     DENSE: Contender("dense", _dense, seeded=False),
     "uniform": Contender("uniform (evenly spread)", _evenly, seeded=False),
-    "random": Contender("random (best of the start candidates)", _random),
+    "random": Contender("random (best of the start candidates)", _baseline("random")),
     "additive": Contender("additive (layer errors)", _baseline("additive"), _BANKS, seeded=False),
     "measured": Contender("additive (measured losses)", _additive_measured),
     "owl": Contender("OWL (best of its grid)", _baseline("owl"), (SPARSITY,)),

@@ -4,8 +4,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
-
 from discopt.optimizers.additive import Additive
 from discopt.optimizers.annealing import Annealing
 from discopt.optimizers.base import Measurement, Optimizer, StopReason
@@ -59,13 +57,12 @@ def _evopress(space: SearchSpace, plan: Plan, seed: int, *, offspring: int | Non
         stages = (Stage(max(1, offspring // STAGING), max(1, plan.fidelity // STAGING)), last)
     candidates = min(START_CANDIDATES, plan.evaluations)
     start = 0 if plan.start else candidates * stages[0].fidelity
-    one_group = space.steady and not space.bundles and len(np.unique(space.group)) == 1
     settings = EvoPressSettings(
         offspring=offspring,
         stages=stages,
         start=plan.start or "auto",
         start_candidates=candidates,
-        rule="within" if one_group else "exchange",
+        rule="within" if space.even else "exchange",
     )
     generations = max(1, (plan.total_fidelity - start) // settings.generation_fidelity)
     return EvoPress(space, replace(settings, generations=generations), seed=seed)

@@ -135,6 +135,21 @@ def check_answer(asked: Query | None, query: Query) -> None:
         )
 
 
+def check_state(state: dict[str, Any], algorithm: str, space: SearchSpace) -> None:
+    """Raise ValueError unless the state is that of the algorithm on a space of this shape."""
+    if state.get("algorithm") != algorithm or state.get("shape") != [space.n, space.m]:
+        raise ValueError(
+            f"expected the state of {algorithm} on {space.n} units of {space.m} levels, "
+            f"got {state.get('algorithm')} on {state.get('shape')}"
+        )
+
+
+def distinct(population: Levels) -> Levels:
+    """The different rows, in the order of their first appearance: (k, n) -> (at most k, n)."""
+    _, first = np.unique(population, axis=0, return_index=True)
+    return population[np.sort(first)]
+
+
 def pack_query(query: Query | None) -> dict[str, Any] | None:
     if query is None:
         return None

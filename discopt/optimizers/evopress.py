@@ -17,7 +17,15 @@ from discopt.arrays import pack, unpack
 from discopt.candidates import Candidates
 from discopt.mutation import RULES, mutate
 from discopt.objective import Losses, Query, mean_loss
-from discopt.optimizers.base import Measurement, StopReason, check_answer, pack_query, unpack_query
+from discopt.optimizers.base import (
+    Measurement,
+    StopReason,
+    check_answer,
+    check_state,
+    distinct,
+    pack_query,
+    unpack_query,
+)
 from discopt.space import Levels, SearchSpace
 
 MAX_SEED = 2**31
@@ -129,7 +137,7 @@ class EvoPress:
         given = self._given_start()
         self._draws_start = given is None
         if given is None:
-            population = _distinct(space.random(self.settings.start_candidates, self._rng))
+            population = distinct(space.random(self.settings.start_candidates, self._rng))
             self._parents = population[:1]
             self._best = Measurement.unmeasured(population[0])
             self._ask(population, self._start_fidelity)
@@ -194,12 +202,7 @@ class EvoPress:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        shape = [self.space.n, self.space.m]
-        if state.get("algorithm") != "evopress" or state.get("shape") != shape:
-            raise ValueError(
-                f"expected the state of evopress on {shape[0]} units of {shape[1]} levels, "
-                f"got {state.get('algorithm')} on {state.get('shape')}"
-            )
+        check_state(state, "evopress", self.space)
         self._rng.bit_generator.state = state["rng"]
         self.generation = state["generation"]
         self.improved_at = state["improved_at"]
@@ -243,7 +246,7 @@ class EvoPress:
     def _meet_rivals(self) -> None:
         if len(self._rivals):
             self._phase = _RIVALS
-            self._ask(_distinct(np.concatenate([self._rivals, self._parents])), self.settings.stages[-1].fidelity)
+            self._ask(distinct(np.concatenate([self._rivals, self._parents])), self.settings.stages[-1].fidelity)
         else:
             self._begin_generation()
 
@@ -288,9 +291,3 @@ class EvoPress:
     def _finish(self, reason: StopReason) -> None:
         self.stop = reason
         self._query = None
-
-
-def _distinct(population: Levels) -> Levels:
-    """The different rows, in the order of their first appearance: (k, n) -> (at most k, n)."""
-    _, first = np.unique(population, axis=0, return_index=True)
-    return population[np.sort(first)]

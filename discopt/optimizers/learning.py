@@ -19,7 +19,15 @@ from discopt import proposals
 from discopt.archive import Archive, Elite
 from discopt.arrays import pack, unpack
 from discopt.objective import Losses, Query, mean_loss
-from discopt.optimizers.base import Measurement, StopReason, check_answer, pack_query, unpack_query
+from discopt.optimizers.base import (
+    Measurement,
+    StopReason,
+    check_answer,
+    check_state,
+    distinct,
+    pack_query,
+    unpack_query,
+)
 from discopt.optimizers.evopress import MAX_SEED
 from discopt.optimizers.learning_settings import Finalist, LearningSettings
 from discopt.optimizers.plan import Plan
@@ -74,7 +82,7 @@ class Learning:
         self._best = Measurement.unmeasured(first[0])
         self._race: Race | None = None
         self._query: Query | None = None
-        self._begin(_distinct(np.concatenate([np.stack(first), random])))
+        self._begin(distinct(np.concatenate([np.stack(first), random])))
 
     @property
     def exact(self) -> bool:
@@ -256,7 +264,7 @@ class Learning:
         """Those of the final choice, the best first: (k, n)."""
         references = [np.array(profile, dtype=np.int16) for profile in self.settings.references]
         known = [self._best.profile, self._uniform, *references, *self._elite.profiles[:RUNNERS_UP]]
-        return _distinct(np.stack(known))
+        return distinct(np.stack(known))
 
     @property
     def _choice_fidelity(self) -> int:
@@ -386,12 +394,7 @@ class Learning:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        shape = [self.space.n, self.space.m]
-        if state.get("algorithm") != self.algorithm or state.get("shape") != shape:
-            raise ValueError(
-                f"expected the state of {self.algorithm} on {shape[0]} units of {shape[1]} levels, "
-                f"got {state.get('algorithm')} on {state.get('shape')}"
-            )
+        check_state(state, self.algorithm, self.space)
         self._rng.bit_generator.state = state["rng"]
         for name in self._PLAIN:
             setattr(self, name, state["plain"][name])
@@ -421,9 +424,3 @@ def _choice_of(race: Race, winner: int) -> tuple[Finalist, ...]:
         )
         for row in order
     )
-
-
-def _distinct(population: Levels) -> Levels:
-    """The different rows, in the order of their first appearance: (k, n) -> (at most k, n)."""
-    _, first = np.unique(population, axis=0, return_index=True)
-    return population[np.sort(first)]

@@ -30,7 +30,7 @@ class Neighbours:
 
     def __init__(self, space: SearchSpace, rng: np.random.Generator, *, drift: int = 0) -> None:
         self._space, self._rng, self._drift = space, rng, drift
-        self._even = space.steady and not space.bundles and len(np.unique(space.group)) == 1
+        self._even = space.even
         self._switches = False  # once profiles of equal steps are full, they stay so
         self._home = space.cheapest()  # (n,) the profile that the pool was drawn for
         self._pool = np.empty((0, space.n), dtype=np.int16)  # those not used yet, the last one next

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from discopt.objective import Losses, Query, mean_loss
-from discopt.optimizers.base import Measurement, StopReason, check_answer, pack_query, unpack_query
+from discopt.optimizers.base import Measurement, StopReason, check_answer, check_state, pack_query, unpack_query
 from discopt.optimizers.evopress import MAX_SEED
 from discopt.optimizers.plan import Plan
 from discopt.space import Levels, SearchSpace
@@ -102,12 +102,7 @@ class OneSample(ABC):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        shape = [self.space.n, self.space.m]
-        if state.get("algorithm") != self.algorithm or state.get("shape") != shape:
-            raise ValueError(
-                f"expected the state of {self.algorithm} on {shape[0]} units of {shape[1]} levels, "
-                f"got {state.get('algorithm')} on {state.get('shape')}"
-            )
+        check_state(state, self.algorithm, self.space)
         self._rng.bit_generator.state = state["rng"]
         self.generation = state["generation"]
         self.improved_at = state["improved_at"]
