@@ -293,10 +293,16 @@ def evaluate(
     print_rows(results, as_json)
 
 
-@app.command("apply")
-def apply_run(
+@app.command("export")
+def export(
+    ctx: typer.Context,
     run: o.RunArgument,
-    out: Annotated[Path, o.run(metavar="DIR", help="Where to write the checkpoint.")],
+    *,
+    to: Annotated[str, o.run(metavar="hf", help="The format: hf is a dense checkpoint.")],
+    out: Annotated[Path, o.run(metavar="PATH", help="Where to write it.")],
+    runtime: Annotated[
+        str | None, o.run("--for", metavar="NAME", help="Hold it to the rules of a runtime besides.")
+    ] = None,
     banks: Annotated[
         list[str] | None,
         o.levels("--bank", metavar="BANK", help="The bank with the profile's levels; without it, the run's own."),
@@ -309,25 +315,24 @@ def apply_run(
     force: o.Force = False,
     as_json: o.Json = False,
 ) -> None:
-    """Write the student of a run as a Hugging Face checkpoint that plain `from_pretrained` loads.
+    """Write the student of a run in a format that other programs load, and prove it by loading it back.
 
-    Whole blocks that went are left out; a sub-block that went alone stays with its output projection zeroed, since
-    transformers has no models with half a block. Quantized and sparse weights are written dense.
+    hf: a Hugging Face checkpoint with dense weights that plain `from_pretrained` loads. Whole blocks that went are
+    left out; a sub-block that went alone stays with its output projection zeroed, since transformers has no models
+    with half a block.
 
     Examples:
 
-        discopt llm apply runs/blocks --out models/blocks
+        discopt llm export runs/blocks --to hf --out models/blocks
 
-        discopt llm apply runs/smol --out models/smol --dtype bfloat16
+        discopt llm export runs/smol --to hf --out models/smol --dtype bfloat16
     """
     need_llm()
     with only_json_on_stdout(as_json), terminated_as_interrupted():
-        from discopt_llm.students import apply_profile
+        from discopt_llm.export.command import ExportRequest, export_run
 
-        summary = apply_profile(
-            run, out, banks=tuple(banks or ()), dtype=dtype, device=device, force=force, verify=verify
-        )
-    typer.echo(json.dumps(summary.to_dict()) if as_json else summary.sentence)
+        written = export_run(checked(lambda: ExportRequest(**request_options(ExportRequest, ctx))))
+    typer.echo(json.dumps(written.to_dict()) if as_json else written.sentence)
 
 
 app.command("compare")(compare)

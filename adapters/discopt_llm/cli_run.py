@@ -86,7 +86,7 @@ def _finish_run(results: dict[str, Any], as_json: bool) -> None:
     if results["stop"] == StopReason.INTERRUPTED.value:
         interrupted(f"discopt resume {folder}")
     if not as_json:
-        typer.echo(f"\nreport: {folder}/report.md\nwrite the model: discopt llm apply {folder} --out MODEL")
+        typer.echo(f"\nreport: {folder}/report.md\nwrite the model: discopt llm export {folder} --to hf --out MODEL")
 
 
 def interrupted(command: str) -> NoReturn:

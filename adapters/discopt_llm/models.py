@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +31,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -76,13 +77,19 @@ class LoadedModel:
 
 
 def load_model(
-    source: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+    source: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    check_config: Callable[[PretrainedConfig], None] = lambda _: None,
 ) -> LoadedModel:
     """Load a model and read its anatomy.
 
     `source` is a folder, a hub id, a GGUF file (its weights are unpacked), or `package:NAME`: the first GGUF file of
     an installed Python package, found without importing it. `dtype` "auto" is float32 on a CPU and bfloat16 on CUDA.
     Weights come from safetensors or GGUF; pickles, which can run code, are read only with `trust_remote_code`.
+    `check_config` sees the config before any weights are read, and may raise ModelError.
     Raises DeviceError for a device or data type this machine lacks, ModelError for a model that cannot be used.
     """
     place = parse_device(device)
@@ -94,6 +101,7 @@ def load_model(
         with _explained("model", source, gguf_file):
             config = AutoConfig.from_pretrained(origin, trust_remote_code=trust_remote_code, **extra)
             _check_config(config, source, gguf_file)
+            check_config(config)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 origin,
                 config=config,

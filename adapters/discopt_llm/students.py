@@ -1,14 +1,13 @@
-"""From a profile in a file to a student that can be measured or written: `discopt llm eval` and `discopt llm apply`."""
+"""From a profile in a file to a student that can be measured or written, and measuring it: `discopt llm eval`."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from torch import Tensor
 
 from discopt.folder import RunFolder
 from discopt.space import Levels as LevelNumbers
@@ -17,7 +16,6 @@ from discopt_llm.calibration import load_calibration
 from discopt_llm.drop import DropLevels, Unit
 from discopt_llm.errors import BankError, ProfileError
 from discopt_llm.evaluator import TEACHER, Evaluator
-from discopt_llm.export.hf import CheckpointSummary, write_checkpoint
 from discopt_llm.genome import DROP_LABEL, Genome, bank_genome, mixed_genome
 from discopt_llm.heldout import Method, StudentLevels, heldout_rows
 from discopt_llm.levels import BankLevels
@@ -227,51 +225,3 @@ def _role(request: EvalRequest) -> Role:
     if request.profile is not None and (run := _run_folder(request.profile)) is not None:
         searched.add(RunFolder.open(run).request.get("options", {}).get("calibration"))
     return "heldout" if request.data in searched else "all"
-
-
-class _Replaced(Mapping[str, Tensor]):
-    """The weights that a student has instead of its teacher's, by parameter name; unpacked when asked for."""
-
-    def __init__(self, levels: BankLevels, profile: LevelNumbers) -> None:
-        self._levels = levels
-        self._forms = levels.weights(profile)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._levels.parameter(*self._forms[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._forms)
-
-    def __len__(self) -> int:
-        return len(self._forms)
-
-
-def apply_profile(
-    run: Path, out: Path, *, banks: Sequence[str] = (), dtype: str, device: str, force: bool, verify: bool
-) -> CheckpointSummary:
-    """Write the student of a run as a checkpoint with dense weights."""
-    folder = RunFolder.open(run)
-    options = folder.request.get("options", {})
-    if not folder.has("profile.json") or "model" not in options:
-        raise ProfileError(f"{run} holds no profile of a language model; expected the folder of a `discopt llm` run")
-    loaded = load_model(
-        options["model"], device=device, dtype=dtype, trust_remote_code=options.get("trust_remote_code", False)
-    )
-    levels, profile = read_student(str(run), loaded, banks=banks)
-    if not isinstance(levels, BankLevels):
-        return write_checkpoint(loaded, levels.dropped(profile), out, force=force, verify=verify)
-    met = levels.genome.costs.met(profile)
-    words = {
-        "quantization": f"quantized to {met['bits']:.2f} bits on average, stored dense",
-        "sparsity": f"pruned to {met['sparsity']:.1%} zeros, stored dense",
-        "mixed": f"compressed to {met['bpw']:.2f} bits per weight, stored dense",
-    }
-    return write_checkpoint(
-        loaded,
-        levels.dropped(profile),
-        out,
-        replaced=_Replaced(levels, profile),
-        what=words[levels.genome.kind],
-        force=force,
-        verify=verify,
-    )

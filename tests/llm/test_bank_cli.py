@@ -107,7 +107,7 @@ def test_a_search_ends_with_its_table(
     assert [line.split("  ")[0] for line in again.stdout.splitlines()[1:]] == methods
     quiet = search(command, tmp_path / "run", *words, *given, "--force", "--quiet")
     assert (quiet.exit_code, quiet.stderr) == (0, "")
-    assert f"write the model: discopt llm apply {tmp_path / 'run'} --out MODEL" in quiet.stdout
+    assert f"write the model: discopt llm export {tmp_path / 'run'} --to hf --out MODEL" in quiet.stdout
 
 
 def test_a_fresh_process_measures_what_the_run_reported(
@@ -139,14 +139,14 @@ def test_a_fresh_process_measures_what_the_run_reported(
         assert [student[key] for key in keys] == pytest.approx([reported[key] for key in keys], rel=1e-5)
 
 
-def test_apply_writes_a_quantized_student(run_folder: Path, tmp_path: Path) -> None:
-    result = call("apply", run_folder, "--out", tmp_path / "model", "--json")
+def test_export_writes_a_quantized_student(run_folder: Path, tmp_path: Path) -> None:
+    result = call("export", run_folder, "--to", "hf", "--out", tmp_path / "model", "--json")
     assert json.loads(result.stdout)["verified"] is True
     shutil.copytree(run_folder, tmp_path / "alone" / "run")
     profile = tmp_path / "alone" / "run" / "profile.json"
     (bank,) = (run_folder.parent / "banks").iterdir()
     profile.write_text(profile.read_text().replace(str(bank), "/nowhere/bank"))
-    words = ["apply", tmp_path / "alone" / "run", "--out", tmp_path / "second"]
+    words = ["export", tmp_path / "alone" / "run", "--to", "hf", "--out", tmp_path / "second"]
     assert "is not at /nowhere/bank any more; say with --bank where it is" in refusal(call(*words))
     again = call(*words, "--bank", bank)
     assert again.exit_code == 0, again.output

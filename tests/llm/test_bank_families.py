@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from discopt_llm.bank_search import BankSearchRequest, CompressRequest, QuantizeRequest, SparsifyRequest
+from discopt_llm.export.command import ExportRequest, export_run
 from discopt_llm.levels import BankLevels
 from discopt_llm.models import load_model
 from discopt_llm.search import begin
-from discopt_llm.students import apply_profile, read_student
+from discopt_llm.students import read_student
 from tests.llm.families import FAMILIES, tiny_tokenizer
 
 REQUESTS: dict[str, tuple[type[BankSearchRequest], dict[str, Any]]] = {
@@ -71,7 +72,7 @@ def student_logits(model: Path, run: Path) -> tuple[Tensor, Tensor]:
 def check(kind: str, model: Path, notes: Path, folder: Path, **changes: Any) -> dict[str, Any]:
     """Search, write and reload: the logits are the searched student's, and not the dense model's."""
     results = search(kind, model, notes, folder / "run", **changes)
-    summary = apply_profile(folder / "run", folder / "out", dtype="auto", device="cpu", force=False, verify=True)
+    summary = export_run(ExportRequest(run=folder / "run", to="hf", out=folder / "out", device="cpu"))
     assert summary.verified
     student, dense = student_logits(model, folder / "run")
     written = load_model(str(folder / "out")).model

@@ -81,14 +81,16 @@ def test_eval_measures_a_run(model_folder: Path, run_folder: Path) -> None:
     assert "perplexity" in call(*words).stdout
 
 
-def test_apply_writes_what_transformers_loads(run_folder: Path, tmp_path: Path) -> None:
-    result = call("apply", run_folder, "--out", tmp_path / "model")
+def test_export_writes_what_transformers_loads(run_folder: Path, tmp_path: Path) -> None:
+    result = call("export", run_folder, "--to", "hf", "--out", tmp_path / "model")
     assert result.exit_code == 0, result.output
     assert (tmp_path / "model" / "config.json").exists()
     assert str(tmp_path / "model") in result.stdout
-    again = call("apply", run_folder, "--out", tmp_path / "model")
+    again = call("export", run_folder, "--to", "hf", "--out", tmp_path / "model")
     assert "--force" in refusal(again)
-    summary = json.loads(call("apply", run_folder, "--out", tmp_path / "model", "--force", "--json").stdout)
+    summary = json.loads(
+        call("export", run_folder, "--to", "hf", "--out", tmp_path / "model", "--force", "--json").stdout
+    )
     assert summary["verified"] is True
 
 
@@ -179,7 +181,7 @@ def test_without_its_packages_the_command_says_what_to_install(
 def test_help_has_examples_and_loads_no_torch() -> None:
     script = (
         "import sys\nfrom typer.testing import CliRunner\nfrom discopt.cli import app\n"
-        "for name in ('drop', 'bank', 'quantize', 'sparsify', 'compress', 'eval', 'apply'):\n"
+        "for name in ('drop', 'bank', 'quantize', 'sparsify', 'compress', 'eval', 'export'):\n"
         "    out = CliRunner().invoke(app, ['llm', name, '--help']).output\n"
         "    assert out.count(f'discopt llm {name} ') >= 2, out\n"
         "print('torch' in sys.modules)"

@@ -21,11 +21,12 @@ from discopt_llm.anatomy import skipped_
 from discopt_llm.drop_search import DropRequest, resume_drop
 from discopt_llm.errors import DataError, ModelError, ProfileError
 from discopt_llm.evaluator import Evaluator
+from discopt_llm.export.command import ExportRequest, export_run
 from discopt_llm.fitness import KL
 from discopt_llm.models import load_model
 from discopt_llm.objective import CompressionObjective
 from discopt_llm.search import Prepared
-from discopt_llm.students import EvalRequest, apply_profile, evaluate_student, read_student
+from discopt_llm.students import EvalRequest, evaluate_student, read_student
 from tests.llm.families import tiny, tiny_tokenizer
 from tests.llm.reference import PlainObjective
 from tests.llm.searches import RUN_FILES, run
@@ -201,11 +202,11 @@ def test_eval_measures_what_the_run_reported(request_: DropRequest, tmp_path: Pa
     assert by_text["rows"][1]["kl"] == evolved["kl"]
 
 
-def test_apply_writes_the_searched_student(request_: DropRequest, tmp_path: Path) -> None:
+def test_export_writes_the_searched_student(request_: DropRequest, tmp_path: Path) -> None:
     run(request_, tmp_path / "run")
     loaded = load_model(request_.model)
     levels, profile = read_student(str(tmp_path / "run"), loaded)
-    apply_profile(tmp_path / "run", tmp_path / "out", dtype="auto", device="cpu", force=False, verify=True)
+    export_run(ExportRequest(run=tmp_path / "run", to="hf", out=tmp_path / "out", device="cpu"))
     ids = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(0))
     written = load_model(str(tmp_path / "out")).model(ids).logits
     with skipped_(part for unit in np.flatnonzero(profile == 0) for part in levels.units[unit]):
