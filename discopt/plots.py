@@ -137,10 +137,10 @@ def _scale(axes: Axes, lines: Sequence[Mapping[str, Any]], best: Sequence[float]
 def _tick_formatter() -> Callable[..., str] | Any:
     from matplotlib.ticker import FuncFormatter
 
-    return FuncFormatter(lambda value, _: _short(value))
+    return FuncFormatter(lambda value, _: short_number(value))
 
 
-def _short(value: float) -> str:
+def short_number(value: float) -> str:
     """An axis number: 250, 20k, 1.5M."""
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:

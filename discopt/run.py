@@ -209,6 +209,7 @@ class _Run:
     def _record(self, query: Query, losses: Losses) -> dict[str, Any]:
         where = self.optimizer.describe()
         means = mean_loss(losses)
+        before = self.optimizer.best.profile
         self.optimizer.tell(query, losses)
         finite = np.sort(means[np.isfinite(means)])
         self.evaluations += len(means)
@@ -227,6 +228,7 @@ class _Run:
             "total_fidelity": self.total_fidelity,
             "seconds": round(self.seconds, 3),
             "seed": query.seed,
+            "moved": _moves(before, self.optimizer.best.profile),
         }
         self.trace.append(line)
         if self.folder is not None:
@@ -283,6 +285,14 @@ class _Run:
             start=self.optimizer.start,
             trace=tuple(self.trace),
         )
+
+
+def _moves(before: Levels, after: Levels) -> list[list[int]]:
+    """The units in which profiles (n,) differ, each with its levels before and after: [unit, before, after]."""
+    if after is before:
+        return []
+    units = np.flatnonzero(before != after)
+    return np.stack([units, before[units], after[units]], axis=1).tolist()
 
 
 def _middle(ordered: Losses) -> float:

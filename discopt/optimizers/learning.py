@@ -33,11 +33,14 @@ from discopt.optimizers.learning_settings import Finalist, LearningSettings
 from discopt.optimizers.plan import Plan
 from discopt.racing import Race
 from discopt.space import Levels, SearchSpace
+from discopt.sums import ROWS, Sums
 from discopt.surrogate import Shape, Surrogate, best_shape
 
 RUNNERS_UP = 1  # of the final choice
 SOURCES = ("descent", "crossover", "switch", "merge")
 UNSOURCED = -1  # a random profile, where the sources know nothing new
+FIRST = 8  # candidates of the first generations, enough to tell whether the loss is a sum
+DRAWS = 4  # candidates of a generation where the loss is a sum
 REFIT = 1.5  # times as many measurements after which the model's shape is looked for again
 _START, _SEARCH, _CHOICE = "start", "search", "choice"  # what a query is for
 
@@ -63,6 +66,7 @@ class Learning:
         self._archive = Archive(space.n)
         self._elite = Elite(space.n, self.settings.elite, 1 + round(self.settings.apart * space.n))
         self._shape: tuple[int, Shape] | None = None  # and how many measurements it was found with
+        self._sums = Sums(space)
         self._radius = min(self.settings.radius, space.n)
         self._switches = 3.0
         self._worth = dict.fromkeys(SOURCES, 0.5)
@@ -118,6 +122,8 @@ class Learning:
         else:
             self._race.tell(losses)
             alone = self._phase != _SEARCH and self._race.round < len(self._race.fidelities)
+            if self._phase == _START:  # until the race is over
+                self._best = Measurement.of_row(query, losses, int(mean_loss(losses).argmin()))
             if not self._race.done or alone:  # the start and the answer are measured in full, even by themselves
                 self._ask_round()
                 return
@@ -126,6 +132,8 @@ class Learning:
 
     def _learn_exact(self, query: Query, losses: Losses) -> None:
         means = mean_loss(losses)
+        if self._phase == _SEARCH:
+            self._sums.learn(self._best.profile, self._best.loss, query.population, means)
         row = int(means.argmin())
         before = self._best.loss if np.isfinite(self._best.loss) else np.inf
         lost = np.subtract(means, before, out=np.full(len(means), np.inf), where=np.isfinite(means))
@@ -225,7 +233,8 @@ class Learning:
     @property
     def _batch(self) -> int:
         """Exact measurements are best learned from a few at a time, until there are many."""
-        return min(self.plan.batch, max(self.settings.small, self._spent // 64))
+        small = FIRST if self._sums.open and self._spent < FIRST**2 else self.settings.small
+        return min(self.plan.batch, max(small, self._spent // 256))
 
     def _rounds(self) -> tuple[int, ...]:
         first = min(self.settings.first or max(1, self.plan.fidelity // 8), self.plan.fidelity)
@@ -276,7 +285,30 @@ class Learning:
         return (finalists + 12) * self._choice_fidelity // 4
 
     def _propose(self, count: int) -> Levels:
-        """New candidates of all sources, (at most count, n)."""
+        """New candidates, (at most count, n)."""
+        if self.exact and self._sums.proven and not self._sums.solved and len(solved := self._solve(count)):
+            self._sources = np.full(len(solved), UNSOURCED, dtype=np.int8)
+        else:
+            solved = self._mix(count)
+        probe = self._sums.probe[: count - 1 if self.exact and self._sums.open else 0]
+        probe = probe[self._archive.new(probe)]
+        self._archive.remember(probe)
+        kept = solved[: count - len(probe)]
+        self._sources = np.append(self._sources[: len(kept)], np.full(len(probe), UNSOURCED, dtype=np.int8))
+        return np.concatenate([kept, probe])
+
+    def _solve(self, count: int) -> Levels:
+        """Candidates if the loss is a sum, (at most count, n); none once its lowest profile is known."""
+        rows = self._archive.chosen(ROWS)
+        known = self._archive.profiles[rows], self._archive.losses[rows]
+        solved = distinct(self._sums.draws(*known, min(count, DRAWS), self._rng))
+        solved = solved[self._archive.new(solved)]
+        self._archive.remember(solved)
+        self._sums.solved = not len(solved)
+        return solved
+
+    def _mix(self, count: int) -> Levels:
+        """Candidates of all sources, (at most count, n)."""
         rng, archive, space = self._rng, self._archive, self.space
         elite = self._elite.profiles
         incumbent = elite[0] if self.exact and len(elite) else self._best.profile
@@ -387,6 +419,7 @@ class Learning:
             "elite": self._elite.to_dict(),
             "choice": [finalist.to_dict() for finalist in self.choice],
             "covariance": [self._shape[0], self._shape[1].to_dict()] if self._shape else None,
+            "sums": self._sums.state(),
             "sources": pack(self._sources),
             "siblings": pack(self._siblings),
             "race": self._race.to_dict() if self._race else None,
@@ -405,6 +438,7 @@ class Learning:
         self._archive.restore(state["archive"])
         self._elite.restore(state["elite"])
         self.choice = tuple(map(Finalist.from_dict, state["choice"]))
+        self._sums.restore(state["sums"])
         known = state["covariance"]
         self._shape = (known[0], Shape.from_dict(known[1])) if known else None
         self._sources, self._siblings = unpack(state["sources"]), unpack(state["siblings"])

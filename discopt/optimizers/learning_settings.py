@@ -31,7 +31,7 @@ class LearningSettings:
     model_cells: int = 1 << 22  # and their levels in all; a space where fewer than 64 fit gets no model
     elite: int = 128  # profiles that are crossed
     crossover_from: int = 300  # profiles measured before there is any crossover
-    small: int = 8  # candidates of a generation to begin with, where measurements are exact
+    small: int = 2  # candidates of a generation to begin with, where measurements are exact
     apart: float = 0.1  # share of the units that two of these differ in, at least
     temperature: float = 0.3  # of the model's draws; 1 is Thompson sampling
     radius: float = 16.0  # of the trust region to begin with, in units
