@@ -8,7 +8,7 @@ logits. A model that fails any of it is refused with what was looked for.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,7 @@ __all__ = [
     "Arguments",
     "Block",
     "SubBlock",
+    "check_same",
     "embed",
     "last_hidden",
     "project",
@@ -103,6 +104,17 @@ def read_anatomy(model: nn.Module) -> Anatomy:
         except ModelError as error:
             raise ModelError(f"cannot read {type(model).__name__}: {error}") from error
     return anatomy
+
+
+def check_same(anatomy: Anatomy, one: Sequence[Arguments], other: Sequence[Arguments], differing: str) -> None:
+    """Raise ModelError unless the blocks were called with the same besides hidden states, though something differed."""
+    for block, a, b in zip(anatomy.blocks, one, other, strict=True):
+        pairs = [*zip(a.tensors(), b.tensors(), strict=False)]
+        if len(a.tensors()) != len(b.tensors()) or not all(torch.equal(x, y) for x, y in pairs):
+            raise ModelError(
+                f"looked for blocks that see {differing} in their hidden states only, but what {block.name} is called "
+                f"with besides depends on {differing}"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,13 +223,7 @@ def _signature(block: nn.Module) -> Hashable:
 def _check_replay(model: nn.Module, anatomy: Anatomy, ids: Tensor) -> None:
     """Blocks replayed on (2, L) tokens, with the arguments of one sequence, must give the model's own logits."""
     (_, one), (_, other) = embed(model, anatomy, ids[:1]), embed(model, anatomy, ids[1:])
-    for block, a, b in zip(anatomy.blocks, one, other, strict=True):
-        pairs = [*zip(a.tensors(), b.tensors(), strict=False)]
-        if len(a.tensors()) != len(b.tensors()) or not all(torch.equal(x, y) for x, y in pairs):
-            raise ModelError(
-                f"looked for blocks that see the tokens in their hidden states only, but what {block.name} is called "
-                "with besides depends on the tokens"
-            )
+    check_same(anatomy, one, other, "the tokens")
     hidden, arguments = embed(model, anatomy, ids)
     expected = _logits(model, ids)
     try:

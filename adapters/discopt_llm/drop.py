@@ -62,6 +62,11 @@ class DropLevels:
                 deciding[block].append(unit)
         return tuple(np.array(units, dtype=np.intp) for units in deciding)
 
+    @property
+    def end_units(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """None: embedding and head stay as they are."""
+        return np.empty(0, dtype=np.intp), np.empty(0, dtype=np.intp)
+
     @cached_property
     def names(self) -> tuple[str, ...]:
         """Names of the units, (n,): of a sub-block its own, of blocks "model.layers.3" or "model.layers.4+5"."""

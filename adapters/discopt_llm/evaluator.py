@@ -4,34 +4,32 @@ Students of a generation differ in a few decisions. The model is therefore walke
 were decided alike up to a block are one hidden state, those with the same row of levels for the block run through
 its weights together, and a block that a row empties passes hidden states on untouched. The teacher walks along as
 one more student, and keeps its last hidden state, not its logits: the head is applied to a chunk of positions at a
-time, to the teacher and then to each student, so that no full matrix of logits ever exists.
+time, to the teacher and then to each student, so that no full matrix of logits ever exists. Where students have
+embeddings of their own the walk begins with as many hidden states; those with the same head are projected together.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from discopt_llm.anatomy import Arguments, Block, embed, last_hidden, project, run_block
+from discopt_llm.anatomy import Arguments, Block, check_same, embed, last_hidden, project, run_block
+from discopt_llm.errors import ModelError
+from discopt_llm.evaluator_plan import TEACHER, UNTOUCHED, Counts, Levels, Limits, Plan, Row, cuts
 from discopt_llm.fitness import Fitness, Logits
+from discopt_llm.layers import EMBEDDING
 
 if TYPE_CHECKING:
     from discopt_llm.models import LoadedModel
 
 __all__ = ["TEACHER", "Counts", "Evaluator", "Levels", "Row", "total_memory"]
-
-Row = tuple[int, ...]  # the levels of the units that decide about one block
-
-TEACHER = -1  # the level of a unit that is as the teacher has it
-_UNTOUCHED: Row = (-1,)  # stands for all rows under which a block passes hidden states on as they are
 
 # More tokens in one call of a block make its matrix products no faster; on a CPU its activations leave the cache.
 TOKENS_PER_CALL = {"cpu": 1024, "cuda": 16384}
@@ -39,50 +37,6 @@ TOKENS_PER_CALL = {"cpu": 1024, "cuda": 16384}
 LOGIT_BYTES = {"cpu": 3 * 2**23, "cuda": 2**28}
 MOST_ON_CPU = 2**32  # bytes; more than this for hidden states saves no time there
 UNKNOWN_MEMORY = 2**33  # bytes that a host is taken to have if its system does not say
-
-
-class Levels(Protocol):
-    """Where the levels of units come from: dropping, or a bank."""
-
-    @property
-    def block_units(self) -> tuple[NDArray[np.intp], ...]:
-        """For each block, the units that decide about it; a unit may decide about several blocks."""
-        ...
-
-    def dense_row(self, block: int) -> Row | None:
-        """The row that leaves a block as the teacher has it; None if the teacher's weights are none of the levels."""
-        ...
-
-    def runs(self, block: int, row: Row) -> int:
-        """How many of the block's two sub-blocks do any work under this row."""
-        ...
-
-    def applied_(self, block: int, row: Row | None) -> AbstractContextManager[None]:
-        """The block as the row has it (None: as the teacher has it), while inside."""
-        ...
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What was computed, and what one whole forward per row of the population and one of the teacher would take."""
-
-    passes: int = 0  # tokens through a sub-block
-    plain_passes: int = 0
-    projected: int = 0  # positions through the head
-    plain_projected: int = 0
-
-    @property
-    def share(self) -> float:
-        """Share of the sub-block passes that remain."""
-        return self.passes / self.plain_passes if self.plain_passes else 1.0
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            self.passes + other.passes,
-            self.plain_passes + other.plain_passes,
-            self.projected + other.projected,
-            self.plain_projected + other.plain_projected,
-        )
 
 
 class Evaluator:
@@ -113,7 +67,8 @@ class Evaluator:
         self.device: torch.device = self.model.device
         self.memory_bytes, self.tokens_per_call = memory_bytes, tokens_per_call
         self.counts = Counts()  # of all measurements so far
-        self._units = 1 + max(int(unit) for units in levels.block_units for unit in units)
+        self._units = 1 + max(int(unit) for units in (*levels.block_units, *levels.end_units) for unit in units)
+        self._arguments_checked = False
 
     @torch.inference_mode()
     def measure(
@@ -134,10 +89,10 @@ class Evaluator:
         for fitness, positions in zip(fitnesses, measured, strict=True):
             if positions.sum() < 1:
                 raise ValueError(f"{fitness.name} needs a position to measure, got sequences of {lengths.tolist()}")
-        plan = _Plan.of(rows, self.levels, [block.transparent for block in self.anatomy.blocks])
+        plan = Plan.of(rows, self.levels, [block.transparent for block in self.anatomy.blocks])
         limits = self._limits()
         sums = torch.zeros((len(fitnesses), len(plan.rows), len(sequences)), dtype=torch.float64, device=self.device)
-        for columns, slices in _cuts(plan, lengths, limits):
+        for columns, slices in cuts(plan, lengths, limits):
             ids = torch.stack([sequences[i] for i in columns]).to(self.device)
             teacher: Tensor | None = None
             for part in slices:
@@ -145,7 +100,8 @@ class Evaluator:
                 teacher = last[plan.teacher] if teacher is None else teacher
                 asked = [row for row in part.tolist() if row in plan.asked]
                 if fitnesses and asked:
-                    score = self._score(teacher, [last[row] for row in asked], ids, fitnesses, limits)
+                    students = [(last[row], plan.keys[-1][plan.rows[row, -1]]) for row in asked]
+                    score = self._score(teacher, students, ids, fitnesses, limits)
                     sums[:, torch.tensor(asked)[:, None], torch.tensor(columns)] = score
                 del last
         self.counts += plan.plain_counts(int(lengths.sum()), heads=bool(fitnesses))
@@ -154,12 +110,12 @@ class Evaluator:
 
     # -- the blocks --------------------------------------------------------------------------------------------
 
-    def _walk(self, plan: _Plan, part: NDArray[np.intp], ids: Tensor, limits: _Limits) -> dict[int, Tensor]:
+    def _walk(self, plan: Plan, part: NDArray[np.intp], ids: Tensor, limits: Limits) -> dict[int, Tensor]:
         """Last hidden states of some of the plan's rows on token ids (N, L): row -> (N, L, d')."""
-        hidden, arguments = embed(self.model, self.anatomy, ids)
-        states = [hidden]  # of the classes: rows that were decided alike so far
-        class_of = np.zeros(len(part), dtype=np.intp)
-        for b, (block, replay) in enumerate(zip(self.anatomy.blocks, arguments, strict=True)):
+        codes, class_of = np.unique(plan.rows[part, 0], return_inverse=True)
+        # The states are those of classes: rows that were decided alike so far.
+        states, arguments = self._embed([plan.keys[0][code] for code in codes], ids)
+        for b, (block, replay) in enumerate(zip(self.anatomy.blocks, arguments, strict=True), start=1):
             pairs = np.stack([class_of, plan.rows[part, b]], axis=1)
             children, inverse = np.unique(pairs, axis=0, return_inverse=True)
             class_of = inverse.reshape(-1)
@@ -169,14 +125,38 @@ class Evaluator:
             last.append(last_hidden(self.anatomy, states.pop(0)))
         return {row: last[c] for row, c in zip(part.tolist(), class_of.tolist(), strict=True)}
 
+    def _embed(self, rows: Iterable[Row | None], ids: Tensor) -> tuple[list[Tensor], tuple[Arguments, ...]]:
+        """States before the blocks (N, L, d) under each of the embedding's rows, and what replays the blocks."""
+        teacher, arguments = embed(self.model, self.anatomy, ids)
+        states = []
+        for row in rows:
+            if row is None:
+                states.append(teacher)
+                continue
+            with self.levels.applied_(EMBEDDING, row):
+                hidden, own = embed(self.model, self.anatomy, ids)
+            self._check_arguments(arguments, own)
+            states.append(hidden)
+        return states, arguments
+
+    def _check_arguments(self, teacher: Sequence[Arguments], student: Sequence[Arguments]) -> None:
+        """Those of the teacher must serve students with other embeddings; looked at once, as it is up to the code."""
+        if self._arguments_checked:
+            return
+        try:
+            check_same(self.anatomy, teacher, student, "the embedding")
+        except ModelError as error:
+            raise ModelError(f"cannot switch the embedding of {type(self.model).__name__}: {error}") from error
+        self._arguments_checked = True
+
     def _step(
         self,
         block: Block,
         replay: Arguments,
-        plan: _Plan,
+        plan: Plan,
         children: NDArray[np.intp],
         states: Sequence[Tensor],
-        limits: _Limits,
+        limits: Limits,
     ) -> list[Tensor]:
         """States after a block; children (c, 2) name their parent among the states and their row among the keys."""
         parent_of, code_of = children.T
@@ -184,8 +164,8 @@ class Evaluator:
         after = [states[parent] for parent in parent_of]  # stays so where the row leaves the block untouched
         tokens = states[0].shape[:2].numel()
         for code in np.unique(code_of):
-            row = plan.keys[block.index][code]
-            if row == _UNTOUCHED:
+            row = plan.keys[block.index + 1][code]
+            if row == UNTOUCHED:
                 continue
             group = np.flatnonzero(code_of == code)
             readers[parent_of[group]] -= 1
@@ -194,16 +174,24 @@ class Evaluator:
                     after[child] = torch.empty_like(after[child])
             with self.levels.applied_(block.index, row):
                 _run(block, replay, [states[i] for i in parent_of[group]], [after[i] for i in group], limits)
-            self.counts += Counts(passes=plan.passes[block.index][code] * len(group) * tokens)
+            self.counts += Counts(passes=plan.passes[block.index + 1][code] * len(group) * tokens)
         return after
 
     # -- the head ----------------------------------------------------------------------------------------------
 
     def _score(
-        self, teacher: Tensor, students: Sequence[Tensor], ids: Tensor, fitnesses: Sequence[Fitness], limits: _Limits
+        self,
+        teacher: Tensor,
+        students: Sequence[tuple[Tensor, Row | None]],
+        ids: Tensor,
+        fitnesses: Sequence[Fitness],
+        limits: Limits,
     ) -> Tensor:
-        """Sums over the measured positions, float64 (f, k, N), from last hidden states (N, L, d')."""
+        """Sums over the measured positions, float64 (f, k, N), from last hidden states (N, L, d') and rows of heads."""
         N, L = ids.shape
+        of_head: dict[Row | None, list[int]] = {}
+        for i, (_, row) in enumerate(students):
+            of_head.setdefault(row, []).append(i)
         next_tokens = ids.roll(-1, dims=1).flatten()  # of a last position a token that counts for nothing
         losses = torch.empty((len(fitnesses), len(students), N * L), dtype=torch.float32, device=self.device)
         for start in range(0, N * L, limits.logit_rows):
@@ -211,15 +199,12 @@ class Evaluator:
             tokens = next_tokens[chunk]
             logits = self._logits(teacher, chunk, tokens)
             targets = [fitness.target(logits) for fitness in fitnesses]
-            for i, student in enumerate(students):
-                logits = self._logits(student, chunk, tokens)
-                for f, fitness in enumerate(fitnesses):
-                    values = fitness.losses(targets[f], logits)
-                    if values.shape != tokens.shape:
-                        raise ValueError(
-                            f"{fitness.name} must give losses of shape {tuple(tokens.shape)}, got {tuple(values.shape)}"
-                        )
-                    losses[f, i, chunk] = values
+            for row, members in of_head.items():
+                with self._head_applied_(row):
+                    for i in members:
+                        logits = self._logits(students[i][0], chunk, tokens)
+                        for f, fitness in enumerate(fitnesses):
+                            losses[f, i, chunk] = _checked(fitness, fitness.losses(targets[f], logits), tokens)
             self.counts += Counts(projected=len(tokens) * (1 + len(students)))
         of_sequence = losses.unflatten(-1, (N, L))
         return torch.stack(
@@ -229,13 +214,16 @@ class Evaluator:
             ]
         )
 
+    def _head_applied_(self, row: Row | None) -> AbstractContextManager[None]:
+        return nullcontext() if row is None else self.levels.applied_(len(self.anatomy.blocks), row)
+
     def _logits(self, hidden: Tensor, chunk: slice, next_tokens: Tensor) -> Logits:
         """Logits of a chunk of all positions of last hidden states (N, L, d')."""
         return Logits(project(self.model, self.anatomy, hidden.flatten(0, 1)[chunk]).float(), next_tokens)
 
     # -- memory ------------------------------------------------------------------------------------------------
 
-    def _limits(self) -> _Limits:
+    def _limits(self) -> Limits:
         """Half of the memory is for hidden states, the rest for what a block or the head computes in a call."""
         kind = "cpu" if self.device.type == "cpu" else "cuda"
         total = total_memory(self.device)
@@ -244,7 +232,7 @@ class Evaluator:
         widest = max(size for p in self.anatomy.blocks[0].module.parameters() for size in p.shape[-2:])
         element = self.model.dtype.itemsize
         activations = 8 * widest * element  # of a token in a block, about
-        return _Limits(
+        return Limits(
             state_bytes=memory // 2,
             token_bytes=self.anatomy.blocks[0].form.width * element,
             call_tokens=self.tokens_per_call or min(TOKENS_PER_CALL[kind], memory // 2 // activations),
@@ -252,87 +240,7 @@ class Evaluator:
         )
 
 
-@dataclass(frozen=True)
-class _Limits:
-    """How much of the work may be held at once."""
-
-    state_bytes: int  # of hidden states
-    token_bytes: int  # of one token's hidden state
-    call_tokens: int  # in one call of a block
-    logit_rows: int  # positions in a chunk of logits
-
-
-@dataclass(frozen=True, eq=False)
-class _Plan:
-    """A population and the teacher as rows of codes, one per block; equal codes mean equal work."""
-
-    rows: NDArray[np.intp]  # (K, blocks) distinct, in lexicographic order, so that common beginnings are neighbours
-    keys: tuple[tuple[Row | None, ...], ...]  # for each block, what its codes stand for
-    passes: tuple[tuple[int, ...], ...]  # for each block, the sub-blocks that run under its codes
-    row_of: NDArray[np.intp]  # (k,) where each row of the population went
-    teacher: int  # where the teacher went
-
-    @property
-    def asked(self) -> frozenset[int]:
-        """The rows that the population asks for: all, but perhaps not the teacher."""
-        return frozenset(self.row_of.tolist())
-
-    @classmethod
-    def of(cls, population: NDArray[np.integer], levels: Levels, transparent: Sequence[bool]) -> _Plan:
-        """Encode a population (k, n), and the teacher after it."""
-        columns, keys, passes = [], [], []
-        for b, units in enumerate(levels.block_units):
-            dense = levels.dense_row(b)
-            rows: list[Row | None] = [_row(row, dense) for row in population[:, units].tolist()]
-            rows.append(dense)
-            runs = {row: 2 if row is None else levels.runs(b, row) for row in set(rows)}
-            key_of = {row: _UNTOUCHED if transparent[b] and not runs[row] else row for row in runs}
-            found = sorted(set(key_of.values()), key=lambda key: (key is not None, key or ()))
-            columns.append([found.index(key_of[row]) for row in rows])
-            keys.append(tuple(found))
-            passes.append(tuple(0 if key == _UNTOUCHED else runs[key] for key in found))
-        distinct, inverse = np.unique(np.array(columns, dtype=np.intp).T, axis=0, return_inverse=True)
-        index = inverse.reshape(-1)
-        return cls(distinct, tuple(keys), tuple(passes), index[:-1], int(index[-1]))
-
-    def plain_counts(self, tokens: int, *, heads: bool) -> Counts:
-        """What one whole forward per row of the population, and one of the teacher, would take."""
-        passes = sum(np.asarray(p)[codes] for p, codes in zip(self.passes, self.rows.T, strict=True))
-        walked = np.append(self.row_of, self.teacher)
-        return Counts(
-            plain_passes=int(passes[walked].sum()) * tokens, plain_projected=len(walked) * tokens if heads else 0
-        )
-
-
-def _row(levels: list[int], dense: Row | None) -> Row | None:
-    """The row of a block; the teacher's levels stand in for TEACHER where they are known."""
-    if all(level == TEACHER for level in levels):
-        return dense
-    if dense is None or TEACHER not in levels:
-        return tuple(levels)
-    return tuple(known if level == TEACHER else level for level, known in zip(levels, dense, strict=True))
-
-
-def _cuts(
-    plan: _Plan, lengths: NDArray[np.int64], limits: _Limits
-) -> Iterator[tuple[list[int], list[NDArray[np.intp]]]]:
-    """Micro-batches that fit the memory: sequences of one length, and the slices of rows to walk them with.
-
-    The slice with the teacher comes first, for the other slices are compared with it.
-    """
-    K = len(plan.rows)
-    for length in np.unique(lengths):
-        state = int(length) * limits.token_bytes
-        held = max(1, limits.state_bytes // state)  # states of one sequence
-        slices = np.array_split(np.arange(K), 1 if held >= K else -(-K // max(1, held - 1)))  # 1 is the teacher's
-        slices.sort(key=lambda part: plan.teacher not in part)
-        columns = np.flatnonzero(lengths == length).tolist()
-        size = max(1, held // K)
-        for start in range(0, len(columns), size):
-            yield columns[start : start + size], slices
-
-
-def _run(block: Block, replay: Arguments, inputs: Sequence[Tensor], outputs: Sequence[Tensor], limits: _Limits) -> None:
+def _run(block: Block, replay: Arguments, inputs: Sequence[Tensor], outputs: Sequence[Tensor], limits: Limits) -> None:
     """The block as it is now, from inputs to outputs (N, L, d) each; an output may be the very tensor of its input."""
     sequences, length = inputs[0].shape[:2]
     per_call = max(1, limits.call_tokens // length)
@@ -346,6 +254,13 @@ def _run(block: Block, replay: Arguments, inputs: Sequence[Tensor], outputs: Seq
         result = run_block(block, torch.cat(sources), replay)
         for target, piece in zip(targets, result.split([len(target) for target in targets]), strict=True):
             target.copy_(piece)
+
+
+def _checked(fitness: Fitness, losses: Tensor, next_tokens: Tensor) -> Tensor:
+    if losses.shape != next_tokens.shape:
+        shape, got = tuple(next_tokens.shape), tuple(losses.shape)
+        raise ValueError(f"{fitness.name} must give losses of shape {shape}, got {got}")
+    return losses
 
 
 def _length(ids: Tensor) -> int:

@@ -20,7 +20,7 @@ from discopt_llm.anatomy import SubBlock, skipped_
 from discopt_llm.bank import Bank
 from discopt_llm.evaluator import TEACHER, Row, total_memory
 from discopt_llm.genome import DROP_LABEL, Form, Genome
-from discopt_llm.layers import Layer
+from discopt_llm.layers import EMBEDDING, Layer
 from discopt_llm.models import LoadedModel
 from discopt_llm.replay import weights_replaced_
 
@@ -30,7 +30,7 @@ __all__ = ["BankLevels"]
 class BankLevels:
     """The levels of a genome for the evaluator.
 
-    layers: all layers of the model, as `read_layers` finds them.
+    layers: all layers that the banks hold, in their order.
     banks: those that the genome's forms number.
     memory_bytes: bound on unpacked weights that stay on the device, besides those in use. None: a quarter of the
         device's memory.
@@ -63,6 +63,16 @@ class BankLevels:
         blocks = range(len(self.loaded.anatomy.blocks))
         return tuple(np.flatnonzero(self.genome.block_of == block) for block in blocks)
 
+    @cached_property
+    def end_units(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """The units of the embedding, and of the head: those of the embedding too if it is tied."""
+        genome = self.genome
+        embedding = np.flatnonzero(genome.block_of == EMBEDDING)
+        head = np.flatnonzero(genome.block_of == len(self.loaded.anatomy.blocks))
+        output = self.loaded.model.get_output_embeddings()
+        tied = [u for u in embedding if any(self.layers[i].parameter is output.weight for i in genome.layers[u])]
+        return embedding, np.concatenate([np.array(tied, dtype=np.intp), head])
+
     def dense_row(self, block: int) -> None:
         """No level of a bank is the teacher's."""
 
@@ -72,17 +82,17 @@ class BankLevels:
 
     @contextmanager
     def applied_(self, block: int, row: Row | None) -> Iterator[None]:
-        """The block's layers with the weights of their levels, its dropped sub-blocks skipped, while inside."""
+        """The layers of a block or an end with the weights of their levels, dropped sub-blocks skipped, while inside.
+
+        A tied embedding is replaced for both ends.
+        """
         if row is None:
             yield
             return
-        of_block = self.loaded.anatomy.blocks[block]
-        weights = {
-            layer.parameter_name.removeprefix(f"{of_block.name}."): self._weights(layer, form)
-            for layer, form in self._forms(block, row)
-        }
         with ExitStack() as stack:
-            stack.enter_context(weights_replaced_(of_block.module, weights))
+            for layer, form in self._forms(block, row):
+                # By its owner, which knows a tied parameter by one name.
+                stack.enter_context(weights_replaced_(layer.owner, {layer.attribute: self._weights(layer, form)}))
             stack.enter_context(skipped_(self._dropped(block, row)))
             yield
 
@@ -96,9 +106,9 @@ class BankLevels:
         return gone
 
     def weights(self, profile: NDArray[np.integer]) -> dict[str, tuple[Layer, Form]]:
-        """What a profile (n,) replaces: parameter name -> layer and form; see `parameter`."""
+        """What a profile (n,) replaces: parameter name -> layer and form; see `parameter`. A tied one is there once."""
         found = {}
-        for block, units in enumerate(self.block_units):
+        for block, units in self._units.items():
             row = tuple(np.asarray(profile)[units].tolist())
             found.update({layer.parameter_name: (layer, form) for layer, form in self._forms(block, row)})
         return found
@@ -111,7 +121,7 @@ class BankLevels:
             return layer.to_parameter(matrices.to(layer.parameter.dtype))
 
     def bytes_of(self, model: nn.Module, profile: NDArray[np.integer]) -> int:
-        """Size of a file with the student of a profile (n,): units as stored, the rest in 16 bits.
+        """Size of a file with the student of a profile (n,): units as stored, and the rest as the genome counts it.
 
         TEACHER throughout: all in 16 bits.
         """
@@ -120,12 +130,18 @@ class BankLevels:
             return 2 * (int(costs.dense.sum()) + costs.rest)
         return int(costs.met(profile)["bytes"])
 
+    @cached_property
+    def _units(self) -> dict[int, NDArray[np.intp]]:
+        """Units by block, the ends included."""
+        embedding, head = self.end_units
+        return dict(enumerate((embedding, *self.block_units, head), start=EMBEDDING))
+
     def _weights(self, layer: Layer, form: Form) -> Tensor:
         return self._resident.get((layer.index, form), lambda: self.parameter(layer, form))
 
     def _forms(self, block: int, row: Row) -> list[tuple[Layer, Form]]:
-        """The layers of a block that are neither dropped nor the teacher's, with their forms."""
-        units = self.block_units[block].tolist()
+        """The layers of a block or an end that are neither dropped nor the teacher's, with their forms."""
+        units = self._units[block].tolist()
         forms = [(unit, self._form(unit, level)) for unit, level in zip(units, row, strict=True) if level != TEACHER]
         return [(self.layers[i], form) for unit, form in forms if form is not None for i in self.genome.layers[unit]]
 
@@ -136,6 +152,8 @@ class BankLevels:
 
     def _dropped(self, block: int, row: Row) -> list[SubBlock]:
         """The sub-blocks of a block all of whose units are dropped."""
+        if not 0 <= block < len(self.loaded.anatomy.blocks):
+            return []
         anatomy = self.loaded.anatomy.blocks[block]
         parts: dict[str, SubBlock] = {part.kind: part for part in (anatomy.attention, anatomy.mlp)}
         running: set[str] = set()

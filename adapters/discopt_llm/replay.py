@@ -7,7 +7,6 @@ before anything here is used on it.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -114,9 +113,10 @@ def weights_replaced_(model: nn.Module, replaced: Mapping[str, Tensor]) -> Itera
     """Give parameters other values while inside, by their full names. Nests; undone also after an error.
 
     A tensor of the parameter's data type and device stands in for it without a copy; any other is cast and moved
-    first. The mapping is asked for one tensor at a time, so one that makes them when asked holds one of its own.
-    Raises ValueError, with the model as it was, for a name that is no parameter's, for one of several names of a
-    tied parameter, for a tensor of another shape and for one that is not floating-point.
+    first. The mapping is asked for one tensor at a time, so one that makes them when asked holds one of its own. A tied
+    parameter is replaced wherever it is used, by any one of its names. Raises ValueError, with the model as it was,
+    for a name that is no parameter's, for two names of one, for a tensor of another shape and for one that is not
+    floating-point.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     _check_names(parameters, replaced)
@@ -187,14 +187,13 @@ def project(model: nn.Module, anatomy: Anatomy, hidden: Tensor) -> Tensor:
 
 
 def _check_names(parameters: Mapping[str, nn.Parameter], replaced: Iterable[str]) -> None:
-    """All are names of parameters that have no other name."""
-    uses = Counter(id(parameter) for parameter in parameters.values())
+    """All are names of parameters, one of each."""
+    names: dict[int, str] = {}
     for name in replaced:
         if name not in parameters:
             raise ValueError(f"replaced weights must have full names of the model's parameters, got {name!r}")
-        if uses[id(parameters[name])] > 1:
-            others = [n for n, p in parameters.items() if p is parameters[name] and n != name]
-            raise ValueError(f"replaced weights must not be tied, got {name}, which is also {', '.join(others)}")
+        if (other := names.setdefault(id(parameters[name]), name)) != name:
+            raise ValueError(f"replaced weights must have one name of a tied parameter, got {other} and {name}")
 
 
 def _standing_in(tensor: Tensor, name: str, parameter: nn.Parameter) -> Tensor:

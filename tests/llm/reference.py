@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from discopt.objective import Losses, Query
 from discopt_llm.calibration import Calibration
 from discopt_llm.evaluator import Levels
+from discopt_llm.layers import EMBEDDING
 
 Formula = Callable[[Tensor, Tensor, Tensor], Tensor]  # teacher (L, V), student (L, V), token ids (L,) -> (L or L-1,)
 
@@ -54,22 +55,35 @@ def plain_losses(
 ) -> list[NDArray[np.float64]]:
     """What `Evaluator.measure` answers, one whole forward at a time: (k, n) -> one (k, s) per formula."""
 
-    def logits(ids: Tensor) -> Tensor:
-        return model(input_ids=ids[None], use_cache=False).logits[0].double()
-
-    teacher = [logits(ids) for ids in sequences]
-    losses: list[list[list[Tensor]]] = [[] for _ in formulas]
+    teacher, students = logits(model, sequences), []
     for row in population:
         with ExitStack() as stack:
-            for block, units in enumerate(levels.block_units):
-                stack.enter_context(levels.applied_(block, tuple(row[units].tolist())))
-            student = [logits(ids) for ids in sequences]
-        for formula, found in zip(formulas, losses, strict=True):
-            found.append([formula(t, s, ids) for t, s, ids in zip(teacher, student, sequences, strict=True)])
+            embedding, head = levels.end_units
+            for place, units in enumerate((embedding, *levels.block_units, head), start=EMBEDDING):
+                if len(units):
+                    stack.enter_context(levels.applied_(place, tuple(row[units].tolist())))
+            students.append(logits(model, sequences))
+    return losses_between(teacher, students, sequences, formulas)
+
+
+@torch.no_grad()
+def logits(model: nn.Module, sequences: Sequence[Tensor]) -> list[Tensor]:
+    """A whole forward per sequence: (L, V) each."""
+    return [model(input_ids=ids[None], use_cache=False).logits[0].double() for ids in sequences]
+
+
+def losses_between(
+    teacher: Sequence[Tensor],
+    students: Sequence[Sequence[Tensor]],
+    sequences: Sequence[Tensor],
+    formulas: Sequence[Formula],
+) -> list[NDArray[np.float64]]:
+    """Losses of students by their logits (L, V) on each sequence: one (k, s) per formula."""
     answer = []
-    for of_rows in losses:
-        sums = np.array([[values.sum().item() for values in of_row] for of_row in of_rows])
-        answer.append(sums * len(sequences) / sum(len(values) for values in of_rows[0]))
+    for formula in formulas:
+        values = [[formula(*pair) for pair in zip(teacher, student, sequences, strict=True)] for student in students]
+        sums = np.array([[of_sequence.sum().item() for of_sequence in of_row] for of_row in values])
+        answer.append(sums * len(sequences) / sum(len(of_sequence) for of_sequence in values[0]))
     return answer
 
 

@@ -260,6 +260,7 @@ class ScaledLevels:
     def __init__(self, anatomy: Any) -> None:
         self.blocks = anatomy.blocks
         self.block_units = tuple(np.array([2 * b, 2 * b + 1]) for b in range(len(self.blocks)))
+        self.end_units = (np.empty(0, dtype=np.intp), np.empty(0, dtype=np.intp))
         self.loads: list[tuple[int, Row | None]] = []
 
     def dense_row(self, block: int) -> Row | None:

@@ -119,6 +119,7 @@ class _Nothing:
     """No unit decides about any block."""
 
     block_units: tuple[NDArray[np.intp], ...] = ()
+    end_units = (np.empty(0, dtype=np.intp), np.empty(0, dtype=np.intp))
 
 
 NOTHING: Any = _Nothing()
