@@ -22,6 +22,7 @@ from discopt_llm.bank import Bank
 from discopt_llm.evaluator import TEACHER, Evaluator
 from discopt_llm.fitness import Fitness
 from discopt_llm.genome import Genome
+from discopt_llm.heuristics import Remembered
 
 __all__ = ["Measured", "additive", "owl", "uniform"]
 
@@ -113,6 +114,7 @@ class Measured:
     sample: Sequence[Tensor]
     fitness: Fitness
     quiet: bool = False
+    remembered: Remembered | None = None  # where to look, before measuring, and to put what was measured
 
     def best(self, what: str, population: Levels) -> tuple[Levels, int]:
         """The profile of a population (k, n) with the lowest loss, (n,), and the tokens it took to find it."""
@@ -141,6 +143,13 @@ class Measured:
 
     def _losses(self, what: str, population: Levels) -> NDArray[np.float64]:
         """Mean losses of a population (k, n), (k,); infinite where one is not a number."""
+        if self.remembered is None:
+            return self._measured(what, population)
+        name = self.fitness.name
+        return self.remembered.losses(population, self.sample, name, lambda rows: self._measured(what, rows))
+
+    def _measured(self, what: str, population: Levels) -> NDArray[np.float64]:
+        """`_losses`, measured now."""
         means: list[float] = []
         with task(what, len(population), unit="profiles", quiet=self.quiet) as progress:
             for start in range(0, len(population), BATCH):

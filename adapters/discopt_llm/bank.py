@@ -1,7 +1,8 @@
 """Banks: the stored weights of every layer at every level, from which searches and their results take them.
 
 A bank is a folder: `bank.json` (what was asked for, what every level costs, the files and their checksums) and
-`block-00000.safetensors` ... (the packed forms of one block's layers each). `Bank` reads one, memory-mapped, and
+`block-00000.safetensors` ... (the packed forms of one block's layers each), of kind "gguf" also
+`embedding.safetensors` and, unless it is tied to that, `head.safetensors`. `Bank` reads one, memory-mapped, and
 unpacks a level on the device that asks for it. `BankWriter` makes one block by block; killed at any point it goes on
 after the blocks it has finished, and ends in the same bytes.
 """
@@ -22,7 +23,17 @@ from torch import Tensor
 from discopt.encoding import plain
 from discopt.folder import write_atomic
 from discopt_llm.bank_blocks import StoredBlock, encode_block
-from discopt_llm.bank_forms import Costs, Form, Sparse, form_costs, quantized_costs, sparse_costs
+from discopt_llm.bank_forms import (
+    Costs,
+    Form,
+    Ggml,
+    Sparse,
+    dense_weights,
+    form_costs,
+    ggml_costs,
+    quantized_costs,
+    sparse_costs,
+)
 from discopt_llm.bank_manifest import (
     BUILD_AGAIN,
     MANIFEST,
@@ -30,6 +41,7 @@ from discopt_llm.bank_manifest import (
     BlockFile,
     Manifest,
     block_name,
+    block_numbers,
     check_header,
     check_layers,
     is_manifest,
@@ -43,13 +55,15 @@ __all__ = [
     "BankWriter",
     "Costs",
     "Form",
+    "Ggml",
     "Sparse",
     "form_costs",
+    "ggml_costs",
     "quantized_costs",
     "sparse_costs",
 ]
 
-_BLOCK_FILES = "block-[0-9][0-9][0-9][0-9][0-9].safetensors"
+_BLOCK_FILES = ("block-[0-9][0-9][0-9][0-9][0-9].safetensors", "embedding.safetensors", "head.safetensors")
 _COMPARED = ("name", "block", "kind", "input", "matrices", "rows", "columns", "transposed")
 
 _log = logging.getLogger(__name__)
@@ -73,11 +87,11 @@ class Bank:
         """
         path = Path(path)
         manifest = Manifest.read(path)
-        blocks = manifest.header["blocks"]
         if not manifest.complete:
-            built = sum((path / block_name(i)).is_file() for i in range(blocks))
+            blocks = block_numbers(manifest.header)
+            built = sum((path / block_name(block, manifest.header)).is_file() for block in blocks)
             raise BankError(
-                f"the bank {path} is unfinished: {built} of {blocks} blocks are built; "
+                f"the bank {path} is unfinished: {built} of {len(blocks)} blocks are built; "
                 "build it with the same options to go on"
             )
         for file in manifest.files:
@@ -86,7 +100,7 @@ class Bank:
 
     @property
     def kind(self) -> str:
-        """ "quantization" or "sparsity"."""
+        """ "quantization", "sparsity" or "gguf"."""
         return self.header["kind"]
 
     @property
@@ -96,7 +110,7 @@ class Bank:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The official names of the levels, (m,): "2".."6" bits, or "8".."-8" steps sparser than the target."""
+        """The names of the levels, (m,): "2".."6" bits, "8".."-8" steps sparser than the target, or types of ggml."""
         return tuple(self.header["labels"])
 
     @property
@@ -137,7 +151,7 @@ class Bank:
 
     def weights(self, layer: int, level: int, device: torch.device) -> Tensor:
         """The weights of a layer at a level, (E, R, C) float32: those that the solver ended with."""
-        return _weights(self.form(layer, level, device))
+        return dense_weights(self.form(layer, level, device))
 
 
 class BankWriter:
@@ -194,10 +208,11 @@ class BankWriter:
 
         Raises ValueError for forms that are not what the layers say, RunFolderError if the file cannot be written.
         """
-        if not 0 <= block < self.header["blocks"] or block in self._files:
-            raise ValueError(f"expected a block of 0 to {self.header['blocks'] - 1} not yet written, got {block}")
+        numbers = block_numbers(self.header)
+        if block not in numbers or block in self._files:
+            raise ValueError(f"expected a block of {numbers[0]} to {numbers[-1]} not yet written, got {block}")
         data = encode_block(self.header, block, layers, forms)
-        name = block_name(block)
+        name = block_name(block, self.header)
         write_atomic(self.path / name, data)
         self._layers[block] = tuple(layers)
         self._files[block] = BlockFile(name, len(data), hashlib.sha256(data).hexdigest())
@@ -211,21 +226,22 @@ class BankWriter:
 
     def weights(self, block: int, name: str, level: int, device: torch.device) -> Tensor:
         """As `Bank.weights`, of a layer in a finished block."""
-        return _weights(self.form(block, name, level, device))
+        return dense_weights(self.form(block, name, level, device))
 
     def finish(self) -> Bank:
         """Write the manifest; the bank can be opened from now on. Raises ValueError if blocks are missing."""
-        if missing := sorted({*range(self.header["blocks"])} - self.finished):
-            raise ValueError(f"expected all {self.header['blocks']} blocks to be written, got none for {missing}")
-        check_layers(self.layers, self.header["blocks"])
+        if missing := sorted({*block_numbers(self.header)} - self.finished):
+            count = len(block_numbers(self.header))
+            raise ValueError(f"expected all {count} blocks to be written, got none for {missing}")
+        check_layers(self.layers, self.header)
         files = tuple(self._files[block] for block in sorted(self._files))
         write_atomic(self.path / MANIFEST, Manifest(self.header, True, files, self.layers).to_json())
         return Bank.open(self.path, verify=False)
 
     def _read_finished(self) -> None:
         """Take over the blocks that are whole; a torn one is built again."""
-        for block in range(self.header["blocks"]):
-            file = self.path / block_name(block)
+        for block in block_numbers(self.header):
+            file = self.path / block_name(block, self.header)
             if not os.path.lexists(file):
                 continue
             try:
@@ -249,18 +265,15 @@ class _Blocks:
     def form(self, layer: BankLayer, level: int, device: torch.device) -> Form:
         block = layer.block
         if block not in self._opened:
-            self._opened[block] = StoredBlock.open(self._path / block_name(block), self._header, block)
+            file = self._path / block_name(block, self._header)
+            self._opened[block] = StoredBlock.open(file, self._header, block)
         return self._opened[block].form(layer, level, device)
-
-
-def _weights(form: Form) -> Tensor:
-    return form.dense() if isinstance(form, Sparse) else form.dequantized()
 
 
 def _begun(path: Path, header: Mapping[str, Any], *, force: bool) -> dict[str, Any] | None:
     """The header of the unfinished bank in the folder to go on with; None to begin one; BankError to keep off."""
     if not os.path.lexists(path / MANIFEST):
-        if stray := sorted(path.glob(_BLOCK_FILES)):
+        if stray := sorted(file for pattern in _BLOCK_FILES for file in path.glob(pattern)):
             raise BankError(f"{path} holds {stray[0].name} but no {MANIFEST}; choose another folder for the bank")
         return None
     if not is_manifest(path / MANIFEST):
@@ -293,7 +306,8 @@ def _difference(there: Any, here: Any, name: str = "") -> str:
 
 def _remove(path: Path, *, blocks: bool) -> None:
     """Remove the temporary files of a process that was killed while writing, and block files if asked to."""
-    patterns = [f".{MANIFEST}.*.tmp", f".{_BLOCK_FILES}.*.tmp", *([_BLOCK_FILES] if blocks else [])]
+    names = (MANIFEST, *_BLOCK_FILES)
+    patterns = [*(f".{name}.*.tmp" for name in names), *(_BLOCK_FILES if blocks else ())]
     for leftover in (file for pattern in patterns for file in path.glob(pattern)):
         leftover.unlink(missing_ok=True)
 

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from discopt.encoding import checksum
-from discopt_llm.bank_forms import Form, Sparse, form_costs, from_parts, to_parts
+from discopt_llm.bank_forms import Form, form_costs, form_shape, from_parts, to_parts
 from discopt_llm.bank_manifest import BUILD_AGAIN, BankLayer, check_layers, expect
 from discopt_llm.errors import BankError, one_line
 
@@ -38,7 +38,7 @@ def encode_block(
     The same input gives the same bytes. Raises ValueError for forms that are missing, more than asked for, or not
     what the layers say they are.
     """
-    _check_forms(block, layers, forms, header["labels"])
+    _check_forms(block, layers, forms, header)
     tensors: dict[str, Tensor] = {}
     described: dict[str, list[dict[str, Any] | None]] = {}
     for layer in layers:
@@ -77,7 +77,7 @@ class StoredBlock:
             file: Any = safe_open(path, "pt")
             state = _state(file.metadata() or {})
             found = cls(path, file, header, state)
-            check_layers(found.layers, block + 1)
+            check_layers(found.layers, header)
         except FileNotFoundError:
             raise BankError(f"{path} is missing; {BUILD_AGAIN}") from None
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
@@ -129,15 +129,16 @@ def _state(metadata: Mapping[str, str]) -> Mapping[str, Any]:
 
 
 def _check_forms(
-    block: int, layers: Sequence[BankLayer], forms: Mapping[tuple[str, int], Form], labels: Sequence[str]
+    block: int, layers: Sequence[BankLayer], forms: Mapping[tuple[str, int], Form], header: Mapping[str, Any]
 ) -> None:
+    labels = header["labels"]
     for layer in layers:
         if layer.block != block or len(layer.present) != len(labels):
             raise ValueError(
                 f"{layer.name} must be of block {block} and have {len(labels)} levels, "
                 f"got block {layer.block} and {len(layer.present)} levels"
             )
-    check_layers(layers, block + 1)
+    check_layers(layers, header)
     wanted = {(layer.name, level): layer for layer in layers for level in layer.present.nonzero()[0].tolist()}
     if different := sorted(wanted.keys() ^ forms.keys()):
         name, level = different[0]
@@ -145,9 +146,8 @@ def _check_forms(
         raise ValueError(f"expected one form for each level of each layer, got forms that {verb} {name} at {level}")
     for (name, level), layer in wanted.items():
         form = forms[name, level]
-        shape = tuple((form.keep if isinstance(form, Sparse) else form.codes).shape)
-        if shape != layer.shape:
-            raise ValueError(f"{name} at level {level} must have shape {layer.shape}, got {shape}")
+        if form_shape(form) != layer.shape:
+            raise ValueError(f"{name} at level {level} must have shape {layer.shape}, got {form_shape(form)}")
         if form_costs(form) != layer.costs(level):
             raise ValueError(f"{name} at level {level} must cost {layer.costs(level)}, got {form_costs(form)}")
 

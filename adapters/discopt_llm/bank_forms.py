@@ -1,7 +1,8 @@
 """The forms in which a bank stores a layer, what they cost, and the packed tensors they become on disk.
 
 Quantized: codes of their true width, scales, and zero points of that width. Sparse: a bit for every weight and the
-values of those that stay. `from_parts(to_parts(form))` is the form again, bit by bit.
+values of those that stay. Ggml: the bytes that llama.cpp reads. `from_parts(to_parts(form))` is the form again, bit
+by bit.
 """
 
 from __future__ import annotations
@@ -13,10 +14,24 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from discopt_llm import ggml
 from discopt_llm.packing import pack_bits, packed_size, unpack_bits
 from discopt_llm.quantization import Quantized
 
-__all__ = ["Costs", "Form", "Sparse", "form_costs", "from_parts", "quantized_costs", "sparse_costs", "to_parts"]
+__all__ = [
+    "Costs",
+    "Form",
+    "Ggml",
+    "Sparse",
+    "dense_weights",
+    "form_costs",
+    "form_shape",
+    "from_parts",
+    "ggml_costs",
+    "quantized_costs",
+    "sparse_costs",
+    "to_parts",
+]
 
 VALUE_BITS = 16  # of scales, and of the weights that pruning keeps
 VALUE_DTYPES = (torch.float16, torch.bfloat16)
@@ -58,7 +73,28 @@ class Sparse:
         return zeros.masked_scatter_(self.keep, self.values.float())
 
 
-Form: TypeAlias = Quantized | Sparse
+@dataclass(frozen=True, eq=False)
+class Ggml:
+    """A layer as llama.cpp stores it: every row in blocks of one of its types, one after another."""
+
+    type: str  # "Q4_K"
+    data: Tensor  # (E, R, bytes of a row) uint8
+    columns: int  # C
+
+    def __post_init__(self) -> None:
+        if self.type not in ggml.types():
+            raise ValueError(f"type must be one of {', '.join(ggml.types())}, got {self.type!r}")
+        size = ggml.types()[self.type].row_bytes(self.columns)
+        shape = tuple(self.data.shape)
+        if self.data.dtype != torch.uint8 or len(shape) != 3 or shape[-1] != size:
+            raise ValueError(f"data must be uint8 of shape (E, R, {size}), got {self.data.dtype} {shape}")
+
+    def dense(self) -> Tensor:
+        """The weights, (E, R, C) float32, as the gguf library reads them."""
+        return ggml.dequantize(self.data, self.type)
+
+
+Form: TypeAlias = Quantized | Sparse | Ggml
 
 
 def quantized_costs(
@@ -76,12 +112,33 @@ def sparse_costs(weights: int, kept: int) -> Costs:
     return Costs(kept, kept * VALUE_BITS, packed_size(weights, 1) + kept * VALUE_BITS // 8)
 
 
+def ggml_costs(matrices: int, rows: int, columns: int, name: str) -> Costs:
+    """Of (E, R, C) weights in a type of ggml; its scales count among the bits, for no reader tells them apart."""
+    size = matrices * rows * ggml.types()[name].row_bytes(columns)
+    return Costs(matrices * rows * columns, 8 * size, size)
+
+
 def form_costs(form: Form) -> Costs:
     """What a form costs; from its shapes alone."""
     if isinstance(form, Sparse):
         return sparse_costs(form.keep.numel(), form.values.numel())
-    E, R, C = form.codes.shape
+    E, R, C = form_shape(form)
+    if isinstance(form, Ggml):
+        return ggml_costs(E, R, C, form.type)
     return quantized_costs(E, R, C, form.bits, form.group_size, symmetric=form.zeros is None)
+
+
+def form_shape(form: Form) -> tuple[int, int, int]:
+    """(E, R, C)."""
+    if isinstance(form, Ggml):
+        return form.data.shape[0], form.data.shape[1], form.columns
+    E, R, C = form.keep.shape if isinstance(form, Sparse) else form.codes.shape
+    return E, R, C
+
+
+def dense_weights(form: Form) -> Tensor:
+    """The weights that a form stands for, (E, R, C) float32."""
+    return form.dequantized() if isinstance(form, Quantized) else form.dense()
 
 
 def to_parts(form: Form) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -91,6 +148,9 @@ def to_parts(form: Form) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise ValueError(f"expected a value for each of the {kept} weights kept, got {form.values.numel()}")
         parts = {"keep": pack_bits(form.keep.to(torch.uint8), 1), "values": form.values}
         described: dict[str, Any] = {"form": "sparse"}
+    elif isinstance(form, Ggml):
+        parts = {"data": form.data}
+        described = {"form": "ggml", "type": form.type}
     else:
         parts = {"codes": pack_bits(form.codes, form.bits), "scales": form.scales}
         if form.zeros is not None:
@@ -122,8 +182,13 @@ def from_parts(
 
     if described["form"] == "sparse":
         return Sparse(packed("keep", 1, shape).view(torch.bool), values("values"))
+    if described["form"] == "ggml":
+        form = Ggml(described["type"], values("data"), C)
+        if form_shape(form) != shape:
+            raise ValueError(f"expected data of shape {shape}, got {form_shape(form)}")
+        return form
     if described["form"] != "quantized":
-        raise ValueError(f"expected a form of quantized or sparse, got {described['form']!r}")
+        raise ValueError(f"expected a form of quantized, sparse or ggml, got {described['form']!r}")
     bits, group_size = described["bits"], described["group_size"]
     groups = (E, R, -(-C // group_size))
     scales = values("scales")

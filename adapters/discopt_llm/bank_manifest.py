@@ -19,7 +19,8 @@ from numpy.typing import ArrayLike, NDArray
 from discopt.encoding import checksum, plain, restore
 from discopt_llm.bank_forms import VALUE_BITS, Costs
 from discopt_llm.errors import BankError, one_line, short
-from discopt_llm.parts import Kind
+from discopt_llm.layers import EMBEDDING, GGUF
+from discopt_llm.parts import LayerKind
 
 __all__ = [
     "MANIFEST",
@@ -27,6 +28,7 @@ __all__ = [
     "BlockFile",
     "Manifest",
     "block_name",
+    "block_numbers",
     "check_header",
     "check_layers",
     "expect",
@@ -36,7 +38,8 @@ __all__ = [
 MANIFEST = "bank.json"
 FORMAT = "discopt-bank"
 VERSION = 1
-KINDS = ("quantization", "sparsity")
+KINDS = ("quantization", "sparsity", "gguf")
+ENDS = (["embedding"], ["embedding", "head"])  # that a bank of kind gguf may have: a tied head is the embedding
 BUILD_AGAIN = "build the bank again"
 
 _LARGEST = 2**53  # of the integers in a manifest: beyond any model, and exact in every reader of JSON
@@ -50,8 +53,8 @@ class BankLayer:
     """
 
     name: str
-    block: int
-    kind: Kind
+    block: int  # EMBEDDING, or the number of blocks for the head
+    kind: LayerKind
     input: int  # layers of one block with one number read the same input
     matrices: int  # E: 1, or the number of experts
     rows: int
@@ -69,11 +72,11 @@ class BankLayer:
         for field, kind in (*((name, np.int64) for name in Costs._fields), ("errors", np.float64)):
             object.__setattr__(self, field, _frozen(getattr(self, field), kind, m, field))
         object.__setattr__(self, "present", _frozen(self.present, np.bool_, m, "present"))
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {short(self.kind)}")
+        if self.kind not in get_args(LayerKind):
+            raise ValueError(f"kind must be one of {', '.join(get_args(LayerKind))}, got {short(self.kind)}")
         if min(self.matrices, self.rows, self.columns) < 1 or self.dense > _LARGEST:
             raise ValueError(f"matrices, rows and columns must be at least 1, got {self.shape}")
-        if min(self.block, self.input) < 0:
+        if min(self.block if self.kind != "embedding" else 0, self.input) < 0:
             raise ValueError(f"block and input must not be negative, got {self.block} and {self.input}")
         if not self.present.any():
             raise ValueError(f"{self.name} must have a level, got none of {m}")
@@ -200,12 +203,16 @@ class Manifest:
         check_header(header)
         if not expect(data.get("complete"), bool, "complete"):
             return cls(header, complete=False)
-        files = tuple(_file(entry, i) for i, entry in enumerate(expect(data.get("files"), list, "files")))
-        if len(files) != header["blocks"]:
-            raise ValueError(f"files must name one for each of {header['blocks']} blocks, got {len(files)}")
+        files = tuple(_file(entry) for entry in expect(data.get("files"), list, "files"))
+        numbers = block_numbers(header)
+        if len(files) != len(numbers):
+            raise ValueError(f"files must name one for each of {len(numbers)} blocks, got {len(files)}")
+        for file, number in zip(files, numbers, strict=True):
+            if file.name != (name := block_name(number, header)):  # a plain name, never a path
+                raise ValueError(f"the file of block {number} must be {name}, got {short(file.name)}")
         entries = expect(data.get("layers"), list, "layers")
         manifest = cls(header, True, files, tuple(BankLayer.from_json(x, len(header["labels"])) for x in entries))
-        check_layers(manifest.layers, header["blocks"])
+        check_layers(manifest.layers, header)
         fingerprint = expect(data.get("fingerprint"), str, "fingerprint")
         if fingerprint != manifest.fingerprint:
             raise ValueError(
@@ -232,9 +239,15 @@ def is_manifest(path: Path) -> bool:
     return isinstance(data, dict) and data.get("format") == FORMAT
 
 
-def block_name(block: int) -> str:
+def block_numbers(header: Mapping[str, Any]) -> range:
+    """The numbers of a bank's blocks, with those that stand for embedding and head where it has levels of them."""
+    ends = header.get("ends", [])
+    return range(EMBEDDING if "embedding" in ends else 0, header["blocks"] + ("head" in ends))
+
+
+def block_name(block: int, header: Mapping[str, Any]) -> str:
     """The name of a block's file."""
-    return f"block-{block:05}.safetensors"
+    return f"{_ends(header).get(block, f'block-{block:05}')}.safetensors"
 
 
 def check_header(header: Mapping[str, Any]) -> None:
@@ -252,15 +265,20 @@ def check_header(header: Mapping[str, Any]) -> None:
     expect(header.get("calibration"), dict, "calibration")
     if (blocks := expect(header.get("blocks"), int, "blocks")) < 1:
         raise ValueError(f"blocks must be at least 1, got {blocks}")
+    if (kind == GGUF) != ("ends" in header) or header.get("ends", ENDS[0]) not in ENDS:
+        raise ValueError(f"ends must be one of {ENDS} of kind {GGUF} alone, got {short(header.get('ends'))}")
 
 
-def check_layers(layers: Sequence[BankLayer], blocks: int) -> None:
+def check_layers(layers: Sequence[BankLayer], header: Mapping[str, Any]) -> None:
     """Raise ValueError unless there are layers, with names of their own, block by block."""
     if not layers:
         raise ValueError("expected at least one layer, got none")
-    numbers = [layer.block for layer in layers]
-    if numbers != sorted(numbers) or any(number >= blocks for number in numbers):
-        raise ValueError(f"layers must come block by block, 0 to {blocks - 1}, got {short(numbers)}")
+    numbers, known = [layer.block for layer in layers], block_numbers(header)
+    if numbers != sorted(numbers) or any(number not in known for number in numbers):
+        raise ValueError(f"layers must come block by block, {known[0]} to {known[-1]}, got {short(numbers)}")
+    for layer in layers:
+        if _ends(header).get(layer.block) != (layer.kind if layer.kind in _ends(header).values() else None):
+            raise ValueError(f"{layer.name} must be at its end of the model, got {layer.kind} in block {layer.block}")
     name, times = Counter(layer.name for layer in layers).most_common(1)[0]
     if times > 1:
         raise ValueError(f"names of layers must differ, got {short(name)} {times} times")
@@ -277,19 +295,21 @@ def expect(value: Any, kind: type, what: str) -> Any:
     return value
 
 
+def _ends(header: Mapping[str, Any]) -> dict[int, str]:
+    """The kinds of layers that have a block of their own, by its number."""
+    return {EMBEDDING: "embedding", header["blocks"]: "head"}
+
+
 def _number(value: Any, kind: type, what: str) -> Any:
     """As `expect`, of a number that need not be finite."""
     coded = isinstance(value, dict) and isinstance(value.get("float"), str)
     return expect(restore(value) if coded else value, kind, what)
 
 
-def _file(entry: Any, block: int) -> BlockFile:
+def _file(entry: Any) -> BlockFile:
     entry = expect(entry, dict, "a file")
     kinds = {"name": str, "bytes": int, "sha256": str}
-    file = BlockFile(**{field: expect(entry.get(field), kind, f"a file's {field}") for field, kind in kinds.items()})
-    if file.name != block_name(block):  # a plain name, never a path
-        raise ValueError(f"the file of block {block} must be {block_name(block)}, got {short(file.name)}")
-    return file
+    return BlockFile(**{field: expect(entry.get(field), kind, f"a file's {field}") for field, kind in kinds.items()})
 
 
 def _frozen(values: ArrayLike, kind: type, m: int, what: str) -> NDArray[Any]:

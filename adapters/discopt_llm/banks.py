@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
+from discopt_llm import ggml
 from discopt_llm.bank import Bank
 from discopt_llm.build import DENSE, BankPlan, build_bank
 from discopt_llm.calibration import load_calibration
 from discopt_llm.export.folder import size
-from discopt_llm.layers import Layer
+from discopt_llm.layers import Layer, layers_for
 from discopt_llm.models import LoadedModel, load_model
 from discopt_llm.quantization import QuantizationSettings
-from discopt_llm.recipes import QuantizationRecipe, Recipe, SparsityRecipe
+from discopt_llm.recipes import GgmlRecipe, QuantizationRecipe, Recipe, SparsityRecipe
 from discopt_llm.search import sequence_length
 from discopt_llm.sparsity import SparsitySettings
 
@@ -35,18 +36,22 @@ __all__ = [
     "make_bank",
 ]
 
-METHODS = {"quantization": ("gptq", "rtn"), "sparsity": ("sparsegpt", "wanda", "magnitude")}
+METHODS = {"quantization": ("gptq", "rtn"), "sparsity": ("sparsegpt", "wanda", "magnitude"), "gguf": ("gguf",)}
 SEQUENCE_LENGTH = 2048
 STEPS_PER_LAYER = 32  # of the mean layer, unless --step says more or less
-OPTIONS = {  # of one kind, as BankRequest has them
-    "quantization": ("bits", "group_size", "symmetric", "act_order", "scales"),
-    "sparsity": ("target", "levels", "step"),
+OPTIONS = {  # that not all kinds have, as BankRequest has them
+    "quantization": ("bits", "group_size", "symmetric", "act_order", "scales", "damping"),
+    "sparsity": ("target", "levels", "step", "damping"),
+    "gguf": ("types", "imatrix"),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class BankRequest:
-    """What was asked of `discopt llm bank`, one field per option. Raises ValueError for values that make no sense."""
+    """What was asked of `discopt llm bank`, one field per option.
+
+    Raises ValueError for values that make no sense, BankError for types of ggml that cannot be made here.
+    """
 
     model: str
     kind: str = "quantization"
@@ -60,6 +65,8 @@ class BankRequest:
     levels: int = 17
     step: int | None = None  # weights between two levels; None: the 32nd part of the mean layer
     damping: float = 0.01
+    types: tuple[str, ...] = ()  # of ggml; (): those that suit the model's layers
+    imatrix: bool | None = None  # weigh errors by an importance matrix; None: where ggml's own quantizers are there
     propagate: str | None = None  # None: dense for sparsity, 3 for quantization where that is a level (EvoPress)
     calibration: str = "builtin"
     calibration_tokens: int | None = None
@@ -75,24 +82,30 @@ class BankRequest:
             raise ValueError(
                 f"method of {self.kind} must be one of {', '.join(METHODS[self.kind])}, got {self.method!r}"
             )
-        other = next(kind for kind in METHODS if kind != self.kind)
         defaults = {field.name: field.default for field in fields(self)}
-        if misplaced := [name for name in OPTIONS[other] if getattr(self, name) != defaults[name]]:
-            raise ValueError(f"{misplaced[0]} is an option of kind {other}, got kind {self.kind}")
-        self._settings()
-        if self.kind == "sparsity":
+        for name in dict.fromkeys(name for names in OPTIONS.values() for name in names):
+            if name not in OPTIONS[self.kind] and getattr(self, name) != defaults[name]:
+                kinds = " and ".join(kind for kind, names in OPTIONS.items() if name in names)
+                raise ValueError(f"{name} is an option of kind {kinds}, got kind {self.kind}")
+        object.__setattr__(self, "types", ggml.parse_types(self.types))
+        if self.kind == "gguf":
+            labels = self.types or tuple(ggml.types())
+            ggml.check_makeable(self.types, imatrix=self._weighed)
+        elif self.kind == "sparsity":
             labels = self._sparsity(step=1 if self.step is None else self.step, values=torch.float16).labels
         else:
             labels = tuple(map(str, self.bits))
+            self._quantization()
         if self.propagate not in (None, DENSE, *labels):
             raise ValueError(f"propagate must be one of {', '.join((DENSE, *labels))}, got {self.propagate!r}")
 
     def recipe(self, layers: tuple[Layer, ...], dtype: torch.dtype) -> Recipe:
         """How the levels of these layers are made."""
+        if self.kind == "gguf":
+            types = self.types or ggml.default_types(layer.columns for layer in layers)
+            return GgmlRecipe(types, self._weighed)
         if self.kind == "quantization":
-            settings = self._settings()
-            assert isinstance(settings, QuantizationSettings)
-            return QuantizationRecipe(settings)
+            return QuantizationRecipe(self._quantization())
         mean = sum(layer.weights for layer in layers) // len(layers)
         values = dtype if dtype == torch.bfloat16 else torch.float16
         return self._sparsity(step=self.step or max(1, mean // STEPS_PER_LAYER), values=values)
@@ -104,13 +117,10 @@ class BankRequest:
             return self.propagate
         return "3" if self.kind == "quantization" and 3 in self.bits else DENSE
 
-    def _settings(self) -> QuantizationSettings | SparsitySettings:
-        method: Any = self.method or METHODS[self.kind][0]
-        if self.kind == "sparsity":
-            return SparsitySettings(method=method, damping=self.damping)
+    def _quantization(self) -> QuantizationSettings:
         return QuantizationSettings(
             bits=self.bits,
-            method=method,
+            method=self._method,
             group_size=self.group_size or None,
             symmetric=self.symmetric,
             act_order=self.act_order,
@@ -119,9 +129,16 @@ class BankRequest:
         )
 
     def _sparsity(self, *, step: int, values: torch.dtype) -> SparsityRecipe:
-        settings = self._settings()
-        assert isinstance(settings, SparsitySettings)
+        settings = SparsitySettings(method=self._method, damping=self.damping)
         return SparsityRecipe(settings, self.target, self.levels, step, values)
+
+    @property
+    def _weighed(self) -> bool:
+        return ggml.has_native() if self.imatrix is None else self.imatrix
+
+    @property
+    def _method(self) -> Any:  # one of METHODS
+        return self.method or METHODS[self.kind][0]
 
 
 def bank_plan(
@@ -132,7 +149,8 @@ def bank_plan(
     at_most: tokens of the text to use where the request does not say how many; less where there is less.
     length: tokens in a sequence where the request does not say; less where the model has fewer positions.
     """
-    recipe = request.recipe(loaded.layers, loaded.dtype)
+    layers = layers_for(loaded, request.kind)
+    recipe = request.recipe(layers, loaded.dtype)
     text = load_calibration(
         request.calibration,
         loaded.tokenizer,
@@ -140,14 +158,15 @@ def bank_plan(
         tokens=request.calibration_tokens,
         at_most=at_most,
     )
-    return BankPlan(loaded, loaded.layers, recipe, text, request.propagated)
+    return BankPlan(loaded, layers, recipe, text, request.propagated)
 
 
 def default_folder(plan: BankPlan, runs: Path) -> Path:
     """Where searches in the folder `runs` keep this bank: the same for the same plan."""
     name = re.sub(r"[^A-Za-z0-9.]+", "-", Path(plan.loaded.source.removeprefix("package:")).name).strip("-.") or "model"
     key = hashlib.sha256(json.dumps(plan.header, sort_keys=True).encode()).hexdigest()[:8]
-    return runs / "banks" / f"{name}-{plan.recipe.kind}-{plan.header['settings']['method']}-{key}"
+    made = dict.fromkeys((plan.recipe.kind, plan.header["settings"]["method"]))
+    return runs / "banks" / "-".join((name, *made, key))
 
 
 @dataclass(frozen=True)
@@ -196,12 +215,15 @@ def bank_words(bank: Bank) -> str:
         size = settings["group_size"]
         grouped = "a scale for each row" if size is None else f"groups of {size}"
         levels = f"at {', '.join(bank.labels)} bits, {grouped}{', symmetric' if settings['symmetric'] else ''}"
+    elif bank.kind == "gguf":
+        levels = f"as {', '.join(bank.labels)}, {'with' if settings['imatrix'] else 'without'} an importance matrix"
     else:
         levels = (
             f"at {len(bank.labels)} levels around {settings['target']:.1%} zeros, {settings['step']:,} weights apart"
         )
     made = f"made on {text['tokens']:,} tokens of {text['source']}"
-    return f"{len(bank.layers)} layers by {settings['method']} {levels}, {made}"
+    by = "" if bank.kind == "gguf" else f" by {settings['method']}"
+    return f"{len(bank.layers)} layers{by} {levels}, {made}"
 
 
 def make_bank(request: BankRequest, out: Path, *, force: bool, quiet: bool, say: Callable[[str], None]) -> Bank:

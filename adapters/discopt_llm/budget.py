@@ -50,7 +50,7 @@ class Budget:
     measure:
         "bits": average width of the units' weights, bits; what is dropped counts with none.
         "bpw": stored bits per weight of the units, with scales, zero points and masks.
-        "size": bytes of the whole model file, what is outside of the units included, in 16 bits.
+        "size": bytes of the whole model file, with what is outside of the units.
         "sparsity": share of the units' weights that are not kept.
     """
 
@@ -103,7 +103,8 @@ class CostTables:
     bits: NDArray[np.int64]  # (n, m) weights times their width; 16 for the kept ones of a sparse layer
     bytes: NDArray[np.int64]  # (n, m) as stored, with scales, zero points and masks
     dense: NDArray[np.int64]  # (n,) weights of the unit
-    rest: int  # parameters of the model outside of the units, stored in 16 bits
+    rest: int  # parameters of the model outside of the units
+    rest_bytes: int | None = None  # that a file holds besides the units; None: those parameters in 16 bits
 
     def __post_init__(self) -> None:
         n, m = np.shape(self.weights) if np.ndim(self.weights) == 2 else (0, 0)
@@ -123,8 +124,9 @@ class CostTables:
         if (self.weights > self.dense[:, None]).any():
             unit = int((self.weights > self.dense[:, None]).any(axis=1).argmax())
             raise ValueError(f"unit {unit} has {self.dense[unit]} weights, got levels that keep {self.weights[unit]}")
-        if self.rest < 0:
-            raise ValueError(f"rest must not be negative, got {self.rest}")
+        for name in ("rest", "rest_bytes"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
     def table(self, budget: Budget) -> tuple[NDArray[np.int64], int]:
         """The cost of every level, (n, m), and the limit on their sum that the budget means; it may be negative."""
@@ -175,11 +177,11 @@ class CostTables:
 
     @property
     def _rest_bytes(self) -> int:
-        return self.rest * DENSE_BITS // 8
+        return self.rest * DENSE_BITS // 8 if self.rest_bytes is None else self.rest_bytes
 
     @property
     def _dense_bytes(self) -> int:
-        return self._dense * DENSE_BITS // 8 + self._rest_bytes
+        return (self._dense + self.rest) * DENSE_BITS // 8
 
     def _limit(self, measure: Measure, relative: bool, amount: Fraction) -> int:
         """The highest integer cost that an amount of a measure allows."""

@@ -3,8 +3,10 @@
 A block's calibration inputs run through it once. On the way the layers' inputs are summed up into their Hessians,
 then all levels of the layers that share one are solved together, packed and written. The next block's inputs are
 the dense block's outputs (`propagate` "dense"), which that same pass gives, or those of the block at one of its
-levels, which take a second one (EvoPress uses the dense ones for sparsity and 3 bits for quantization). A build that
-was stopped goes on after the last block it wrote: the inputs are brought there again, and nothing is solved twice.
+levels, which take a second one (EvoPress uses the dense ones for sparsity and 3 bits for quantization). What comes
+out of the last block goes into the head, where that has levels, or into the embedding that is tied to it; an embedding
+that is not has no inputs: its errors are those of its rows. A build that was stopped goes on after the last block it
+wrote: the inputs are brought there again, and nothing is solved twice.
 """
 
 from __future__ import annotations
@@ -24,15 +26,15 @@ from torch import Tensor
 from discopt.encoding import plain
 from discopt.folder import distribution_version
 from discopt.progress import Task, task
-from discopt_llm.anatomy import Arguments, Block, embed, run_block
-from discopt_llm.bank import Bank, BankLayer, BankWriter, Sparse
+from discopt_llm.anatomy import Arguments, Block, embed, last_hidden, run_block
+from discopt_llm.bank import Bank, BankLayer, BankWriter, Ggml, Sparse
 from discopt_llm.bank import Form as StoredForm
-from discopt_llm.bank_manifest import MANIFEST, Manifest
+from discopt_llm.bank_manifest import MANIFEST, Manifest, block_numbers
 from discopt_llm.calibration import Calibration
 from discopt_llm.errors import BankError
 from discopt_llm.evaluator import TOKENS_PER_CALL
 from discopt_llm.hessian import InputSum
-from discopt_llm.layers import Layer, collecting_, eager_experts_
+from discopt_llm.layers import EMBEDDING, GGUF, Layer, collecting_, eager_experts_
 from discopt_llm.models import LoadedModel
 from discopt_llm.quantization import Quantized
 from discopt_llm.recipes import Recipe, SolvedStack
@@ -53,7 +55,7 @@ class BankPlan:
     """A bank that is to be built."""
 
     loaded: LoadedModel
-    layers: tuple[Layer, ...]
+    layers: tuple[Layer, ...]  # those of the recipe's kind, see `layers_for`
     recipe: Recipe
     calibration: Calibration
     propagate: str = DENSE  # or a label of the levels
@@ -65,7 +67,9 @@ class BankPlan:
         lacking = [
             layer.name
             for layer in self.layers
-            if self.propagate != DENSE and not self.planned[layer.index].present[known.index(self.propagate) - 1]
+            if self.propagate != DENSE
+            and layer not in self.ends
+            and not self.planned[layer.index].present[known.index(self.propagate) - 1]
         ]
         if lacking:
             raise BankError(
@@ -81,6 +85,7 @@ class BankPlan:
     def header(self) -> dict[str, Any]:
         """What the bank is: a build goes on only where all of it is the same."""
         text = self.calibration
+        libraries = ("discopt-search", "torch", "transformers", *self.recipe.libraries)
         return {
             "kind": self.recipe.kind,
             "settings": self.recipe.described,
@@ -95,8 +100,14 @@ class BankPlan:
             },
             "dtype": str(self.loaded.dtype).removeprefix("torch."),
             "blocks": len(self.loaded.anatomy.blocks),
-            "versions": {name: distribution_version(name) for name in ("discopt-search", "torch", "transformers")},
+            "versions": {name: distribution_version(name) for name in libraries},
+            **({"ends": [layer.kind for layer in self.ends]} if self.recipe.kind == GGUF else {}),
         }
+
+    @property
+    def ends(self) -> tuple[Layer, ...]:
+        """Embedding and head, where they have levels; the last of them reads the last hidden states."""
+        return tuple(layer for layer in self.layers if layer.kind in ("embedding", "head"))
 
 
 def build_bank(
@@ -121,26 +132,36 @@ def build_bank(
 def _build_missing(plan: BankPlan, writer: BankWriter, *, quiet: bool) -> None:
     """Build the blocks that are not written yet; the text runs no further than through the last of them."""
     blocks = plan.loaded.anatomy.blocks
-    missing = [block.index for block in blocks if block.index not in writer.finished]
+    missing = {*block_numbers(plan.header)} - writer.finished
     if not missing:
         return
+    head = next((layer.block for layer in plan.ends[-1:] if layer.block in missing), None)
+    if EMBEDDING in missing and head != EMBEDDING:
+        _write(plan, writer, EMBEDDING, None)
+    solved = [block.index for block in blocks if block.index in missing]
+    if not solved and head is None:
+        return
     inputs = _Inputs.embedded(plan)
-    dense, last = plan.propagate == DENSE, missing[-1]
-    passes = last + 1 if dense else len(missing) + last
-    steps = passes * len(inputs.batches) + len(missing) * _SOLVE_STEPS
+    dense = plan.propagate == DENSE
+    last = len(blocks) if head is not None else solved[-1]  # whose inputs are needed
+    passes = (len(blocks[: last + 1]) if dense else len(solved) + last) + (head is not None)
+    steps = passes * len(inputs.batches) + (len(solved) + (head is not None)) * _SOLVE_STEPS
     with task("bank", steps, quiet=quiet) as progress:
         for block in blocks[: last + 1]:
             mine = [layer for layer in plan.layers if layer.block == block.index]
             if block.index in missing:
                 with collecting_(plan.loaded.model, mine) as sums:
                     inputs.advance_(block, progress, keep=dense)
-                _write(plan, writer, block, mine, sums)
+                _write(plan, writer, block.index, sums)
                 progress.advance(_SOLVE_STEPS)
             elif dense:
                 inputs.advance_(block, progress, keep=True)
             if not dense and block.index < last:
                 with weights_replaced_(plan.loaded.model, _level_weights(plan, writer, mine)):
                     inputs.advance_(block, progress, keep=True)
+        if head is not None:
+            _write(plan, writer, head, {0: (inputs.last_sum(plan, progress),)})
+            progress.advance(_SOLVE_STEPS)
 
 
 def _finished(plan: BankPlan, out: Path) -> Bank | None:
@@ -183,6 +204,18 @@ class _Inputs:
                 self.hidden[batch] = output
             progress.advance()
 
+    @torch.no_grad()
+    def last_sum(self, plan: BankPlan, progress: Task) -> InputSum:
+        """The second moment of what the head reads, once all blocks have run."""
+        total: InputSum | None = None
+        for batch in self.batches:
+            last = last_hidden(plan.loaded.anatomy, self.hidden[batch].to(self.device))
+            total = total or InputSum(last.shape[-1], self.device)
+            total.add_(last)
+            progress.advance()
+        assert total is not None
+        return total
+
 
 def _level_weights(plan: BankPlan, writer: BankWriter, layers: Sequence[Layer]) -> dict[str, Tensor]:
     """The weights of a block's layers at the level that makes the next block's inputs."""
@@ -196,21 +229,17 @@ def _level_weights(plan: BankPlan, writer: BankWriter, layers: Sequence[Layer]) 
 
 
 @torch.no_grad()
-def _write(
-    plan: BankPlan,
-    writer: BankWriter,
-    block: Block,
-    layers: Sequence[Layer],
-    sums: Mapping[int, Sequence[InputSum]],
-) -> None:
-    """Solve all levels of a block and write them."""
+def _write(plan: BankPlan, writer: BankWriter, block: int, sums: Mapping[int, Sequence[InputSum]] | None) -> None:
+    """Solve all levels of a block and write them; `sums` are by the number of the input, None where there is none."""
+    layers = [layer for layer in plan.layers if layer.block == block]
     forms: dict[tuple[str, int], StoredForm] = {}
     described: dict[int, BankLayer] = {}
     by_input: dict[int, list[Layer]] = defaultdict(list)
     for layer in layers:
         by_input[layer.input].append(layer)
     for number, stack in by_input.items():
-        solved, outliers = _solve(plan, stack, sums[number])
+        empty = tuple(InputSum(stack[0].columns, plan.loaded.device) for _ in range(stack[0].matrices))
+        solved, outliers = _solve(plan, stack, empty if sums is None else sums[number])
         for i, layer in enumerate(stack):
             for level, form in enumerate(solved.forms[i]):
                 if form is not None:
@@ -218,7 +247,7 @@ def _write(
             planned, norm = plan.planned[layer.index], solved.norms[i] or 1.0
             errors = np.where(planned.present, solved.errors[i] / norm, np.nan)
             described[layer.index] = replace(planned, errors=errors, outliers=outliers[i])
-    writer.write_block(block.index, [described[layer.index] for layer in layers], forms)
+    writer.write_block(block, [described[layer.index] for layer in layers], forms)
 
 
 def _solve(
@@ -227,7 +256,8 @@ def _solve(
     """All levels of the layers with one input, and their shares of outliers.
 
     Experts count by the tokens that reached them. Where none came, H = I stands in for what is not known: of a lone
-    expert, errors of zero at every level would call the lowest one as good as any.
+    expert, errors of zero at every level would call the lowest one as good as any. So it is for an embedding, whose
+    rows are taken as they are.
     """
     matrices = [layer.to_matrices(layer.parameter.detach()) for layer in stack]
     solved: list[SolvedStack] = []
@@ -263,6 +293,8 @@ def _stacked(forms: Sequence[StoredForm | None]) -> StoredForm | None:
             scales=torch.cat([form.scales for form in quantized]),
             zeros=torch.cat(zeros) if zeros else None,
         )
+    if isinstance(first, Ggml):
+        return replace(first, data=torch.cat([form.data for form in forms if isinstance(form, Ggml)]))
     sparse = [form for form in forms if isinstance(form, Sparse)]
     if not sparse:
         return None

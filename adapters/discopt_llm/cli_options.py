@@ -21,8 +21,8 @@ def _panel(panel: str) -> Any:
     return option
 
 
-budget, levels, search, data, run = (
-    _panel(name) for name in ("The budget", "The levels", "The search", "Text", "The run")
+budget, levels, search, data, tasks, run = (
+    _panel(name) for name in ("The budget", "The levels", "The search", "Text", "Tasks", "The run")
 )
 
 Model = Annotated[
@@ -104,6 +104,16 @@ Group = Annotated[
         show_default=True,
     ),
 ]
+QuantizeGroup = Annotated[
+    str | None,
+    levels(
+        "--group",
+        metavar="size|name|none|runtime",
+        help="Which units may trade in a search as EvoPress does it: those with as many weights (without it, unless "
+        "--method is gguf), those of one name, or all (none; without it, of --method gguf), as in the learning one. "
+        "runtime is size, with the layers that inference engines fuse (q, k, v; gate, up) as one unit.",
+    ),
+]
 MixedGroup = Annotated[
     str,
     levels(
@@ -118,6 +128,22 @@ Widths = Annotated[str, levels("--widths", metavar="BITS", help="Bit widths of t
 GroupSize = Annotated[
     int, levels(help="Weights of a row that share a scale; 0: a whole row.", min=0, show_default=True)
 ]
+Types = Annotated[
+    str | None,
+    levels(
+        metavar="TYPES",
+        help="Types of ggml that are the levels of kind gguf, such as Q4_0,Q5_0,Q8_0; without it, those that suit the "
+        "model's layers. Q2_K to Q6_K and IQ types need the package xllamacpp.",
+    ),
+]
+Imatrix = Annotated[
+    bool | None,
+    levels(
+        "--imatrix/--no-imatrix",
+        help="Weigh the errors of types of ggml by the mean squares of their inputs; without it, where the package "
+        "xllamacpp is there.",
+    ),
+]
 Symmetric = Annotated[bool, levels("--symmetric", help="No zero points.")]
 LevelCount = Annotated[int, levels("--levels", help="Sparsity levels, an odd number.", min=1, show_default=True)]
 Step = Annotated[
@@ -125,14 +151,20 @@ Step = Annotated[
     levels(metavar="WEIGHTS", help="Weights between two sparsity levels; without it, 1/32 of the mean layer.", min=1),
 ]
 BankTokens = Annotated[int | None, data(help="Tokens of --calibration to build a bank with.", min=1)]
-Bits = Annotated[str | None, budget(metavar="BITS", help="Average width of the weights, such as 3 or 2.25.")]
+Bits = Annotated[
+    str | None,
+    budget(
+        metavar="BITS",
+        help="Average width of the weights, such as 3 or 2.25; with --method gguf the same as --bpw.",
+    ),
+]
 Bpw = Annotated[str | None, budget(metavar="BITS", help="Stored bits per weight, with scales, zero points and masks.")]
 Size = Annotated[
     str | None,
     budget(
         metavar="SIZE",
-        help="Size of the whole model file, embeddings, norms and head included: 120MB, 0.5GiB, or 0.3x the dense one "
-        "in 16 bits.",
+        help="Size of the whole model file, embeddings, norms and head included (of types of ggml, the .gguf file with "
+        "its metadata): 120MB, 0.5GiB, or 0.3x the dense one in 16 bits.",
     ),
 ]
 

@@ -1,10 +1,12 @@
 """The units of a search over banks, and what each of their levels stands for.
 
 A unit is a layer (one weight matrix, or a block's stack of experts), or the layers that inference engines fuse: those
-of one sub-block that read the same input (q, k, v; gate, up). Its levels are forms that one bank holds, or the union
-of the forms of several banks and of dropping it, ordered by stored bytes. In such a union a form is left out if a
-cheaper one has a smaller layer error, and the layers of one sub-block are dropped all together or not at all: a
-sub-block without its output projection contributes nothing, so its other layers would be paid for in vain.
+of one sub-block that read the same input (q, k, v; gate, up). Of kind "gguf" the embedding and the head are units too.
+
+The levels of a unit are forms that one bank holds, or the union of the forms of several banks and of dropping it,
+ordered by stored bytes. In such a union a form is left out if a cheaper one has a smaller layer error, and the layers
+of one sub-block are dropped all together or not at all: a sub-block without its output projection contributes nothing,
+so its other layers would be paid for in vain.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +23,16 @@ from numpy.typing import NDArray
 from discopt.space import SearchSpace
 from discopt_llm.bank import BankLayer
 from discopt_llm.budget import Budget, CostTables
+from discopt_llm.errors import BankError
+from discopt_llm.ggml_file import rest_of
+from discopt_llm.layers import GGUF
 
-__all__ = ["DROP_LABEL", "GROUPS", "Form", "Genome", "bank_genome", "mixed_genome"]
+if TYPE_CHECKING:
+    from discopt_llm.models import LoadedModel
+
+__all__ = ["DROP_LABEL", "GROUPS", "Form", "Genome", "Tables", "bank_genome", "mixed_genome", "model_genome"]
+
+Tables = Mapping[str, tuple[Sequence[BankLayer], Sequence[str]]]  # of banks by kind: layers and labels
 
 GROUPS = ("size", "name", "none", "runtime")
 DROP_LABEL = "drop"
@@ -39,7 +50,7 @@ class Form:
 class Genome:
     """Units and their levels; n units, m levels of those that have most."""
 
-    kind: str  # "quantization", "sparsity" or "mixed"
+    kind: str  # "quantization", "sparsity", "gguf" or "mixed"
     unit: str  # "layer" or "runtime"
     names: tuple[str, ...]  # (n,)
     layers: tuple[tuple[int, ...], ...]  # (n,) indices of the layers of each unit
@@ -48,7 +59,7 @@ class Genome:
     labels: tuple[tuple[str | None, ...], ...]  # (n, m); None: the unit has no such level
     costs: CostTables
     errors: NDArray[np.float64]  # (n, m) relative errors of the unit's layers, added up; inf: no such level
-    sub_block: tuple[tuple[int, str], ...]  # (n,) block and kind of each unit
+    sub_block: tuple[tuple[int, str], ...]  # (n,) block and kind of each unit; the ends are blocks of their own
 
     @property
     def n(self) -> int:
@@ -107,22 +118,44 @@ class Genome:
         return [str(weights) for weights in self.costs.dense.tolist()]
 
 
-def bank_genome(layers: Sequence[BankLayer], labels: Sequence[str], kind: str, unit: str, rest: int) -> Genome:
-    """The genome of one bank's layers; `rest` is the number of the model's parameters outside of them.
+def model_genome(loaded: LoadedModel, banks: Tables, unit: str, *, drop: bool) -> Genome:
+    """The units and levels that banks give a model; forms of one bank alone are all there, see `mixed_genome` for more.
 
-    A unit of several layers has the levels that all of them have.
+    Raises BankError for kinds of banks that do not mix.
+    """
+    kind, *others = banks
+    rest, rest_bytes = rest_of(loaded, kind)
+    if others or drop:
+        if GGUF in banks:
+            raise BankError(f"levels of kind {GGUF} do not mix with others, got {', '.join((kind, *others))}")
+        return mixed_genome(banks, unit, rest, drop=drop)
+    layers, labels = banks[kind]
+    return bank_genome(layers, labels, kind, unit, rest, rest_bytes)
+
+
+def bank_genome(
+    layers: Sequence[BankLayer],
+    labels: Sequence[str],
+    kind: str,
+    unit: str,
+    rest: int,
+    rest_bytes: int | None = None,
+) -> Genome:
+    """The genome of one bank's layers; `rest` and `rest_bytes` are those of `CostTables`.
+
+    A unit of several layers has the levels that all of them have; BankError if there is none.
     """
     units = _units(layers, unit)
     m = len(labels)
     present = np.array([np.all([layers[i].present for i in unit], axis=0) for unit in units])
+    if bare := [members for members, has in zip(units, present, strict=True) if not has.any()]:
+        raise BankError(f"{' and '.join(layers[i].name for i in bare[0])} are one unit, but have no level in common")
     forms = [[Form(0, j) if has[j] else None for j in range(m)] for has in present]
     named = [[labels[j] if has[j] else None for j in range(m)] for has in present]
-    return _genome(kind, unit, units, [layers], forms, named, rest)
+    return _genome(kind, unit, units, [layers], forms, named, rest, rest_bytes)
 
 
-def mixed_genome(
-    banks: Mapping[str, tuple[Sequence[BankLayer], Sequence[str]]], unit: str, rest: int, *, drop: bool
-) -> Genome:
+def mixed_genome(banks: Tables, unit: str, rest: int, *, drop: bool) -> Genome:
     """The union of several banks' levels, and of dropping a sub-block; banks by kind, each with its labels."""
     tables = list(banks.values())
     if len({tuple(layer.name for layer in layers) for layers, _ in tables}) != 1:
@@ -176,6 +209,7 @@ def _genome(
     forms: Sequence[Sequence[Form | None]],
     labels: Sequence[Sequence[str | None]],
     rest: int,
+    rest_bytes: int | None = None,
 ) -> Genome:
     n, m = len(forms), len(forms[0])
     tables = {what: np.zeros((n, m), dtype=np.int64) for what in ("weights", "bits", "bytes")}
@@ -202,7 +236,7 @@ def _genome(
         layer_names=tuple(tuple(first[i].name for i in members) for members in units),
         forms=tuple(tuple(row) for row in forms),
         labels=tuple(tuple(row) for row in labels),
-        costs=CostTables(**tables, dense=dense, rest=rest),
+        costs=CostTables(**tables, dense=dense, rest=rest, rest_bytes=rest_bytes),
         errors=errors,
         sub_block=tuple((first[members[0]].block, first[members[0]].kind) for members in units),
     )

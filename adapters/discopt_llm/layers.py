@@ -1,43 +1,51 @@
-"""The weight matrices of a model's blocks, which quantization and sparsity give levels to, and their inputs.
+"""The weight matrices of a model, which quantization and sparsity give levels to, and their inputs.
 
 Nothing here goes by names or classes. Every block is run on a few tokens and its matrix products are watched: a weight
 of a sub-block that multiplies its input is a layer, the way it is read tells how it is stored, and the tensors that it
 multiplies tell which layers share an input, so that their X^T X (GPTQ, Frantar et al., 2022, Section 3) is summed once.
+
+The two ends, embedding and head, are layers too where a file stores them in forms of their own: see `layers_for`.
 """
 
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from operator import itemgetter
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from discopt_llm.anatomy import PROBE_TOKENS, Anatomy, Block, embed, run_block
+from discopt_llm.anatomy import PROBE_TOKENS, Anatomy, Block, embed, last_hidden, project, run_block
 from discopt_llm.errors import ModelError
 from discopt_llm.hessian import InputSum
-from discopt_llm.parts import Kind
+from discopt_llm.parts import Kind, LayerKind
+from discopt_llm.products import Collector, Probe, span, stacked
 
-__all__ = ["Layer", "collecting_", "eager_experts_", "read_layers"]
+if TYPE_CHECKING:
+    from discopt_llm.models import LoadedModel
+
+__all__ = ["EMBEDDING", "Layer", "collecting_", "eager_experts_", "layers_for", "read_ends", "read_layers"]
+
+EMBEDDING = -1  # stands for it where others say a block; the head is the block after the last
+GGUF = "gguf"  # the kind of bank that has levels of embedding and head
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One weight matrix of a block, or the stack of one matrix per expert; each is used as y = W x, W (R, C)."""
+    """One weight matrix, or the stack of one matrix per expert; each is used as y = W x, W (R, C).
 
-    index: int  # among all layers of the model, in the order of blocks and, within a block, of use
+    An embedding is used as x = W^T e instead, where it is not the head as well.
+    """
+
+    index: int  # among all layers that go together, in the order of blocks and, within a block, of use
     name: str  # dotted path of the parameter, without a last ".weight"
-    block: int
-    kind: Kind  # of the sub-block it belongs to
+    block: int  # EMBEDDING, or the number of blocks for the head, at the ends
+    kind: LayerKind  # of the sub-block it belongs to, or which end it is
     owner: nn.Module  # has the parameter
     attribute: str  # as this
     transposed: bool  # stored (C, R) or (E, C, R)
@@ -68,7 +76,7 @@ class Layer:
             raise ValueError(
                 f"expected {self.name} to have shape {tuple(self.parameter.shape)}, got {tuple(stored.shape)}"
             )
-        stack = _stack(stored)
+        stack = stacked(stored)
         return stack.mT if self.transposed else stack
 
     def to_parameter(self, matrices: Tensor) -> Tensor:
@@ -95,12 +103,70 @@ def read_layers(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Layer, ...]:
         with torch.inference_mode(False), torch.no_grad(), eager_experts_(model):
             hidden, arguments = embed(model, anatomy, torch.arange(PROBE_TOKENS, device=model.device)[None])
             for block, replay, of_block in zip(anatomy.blocks, arguments, weights, strict=True):
-                with _Probe([weight.parameter for weight in of_block]) as probe:
+                with Probe([weight.parameter for weight in of_block]) as probe:
                     hidden = run_block(block, hidden, replay)
                 layers += _layers(block, of_block, probe, len(layers))
     except ModelError as error:
         raise ModelError(f"cannot read the layers of {type(model).__name__}: {error}") from error
     return tuple(layers)
+
+
+def read_ends(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Layer, ...]:
+    """The embedding of tokens and the head, (vocabulary, hidden size) each; one layer where they are tied.
+
+    Raises ModelError for ends that do anything else than to look up a token's row, and to multiply the last hidden
+    states, or that share memory with another parameter. The cost is that of the ends on a few tokens.
+    """
+    owners = [model.get_input_embeddings(), model.get_output_embeddings()]
+    try:
+        weights = [getattr(owner, "weight", None) for owner in owners]
+        embedding, head = (w if isinstance(w, nn.Parameter) and w.dim() == 2 else None for w in weights)
+        if embedding is None or head is None:
+            names = [type(owner).__name__ for owner in owners]
+            raise ModelError(f"expected an embedding and a head with a matrix each, got {' and '.join(names)}")
+        parameters = [embedding] if head is embedding else [embedding, head]
+        _check_alone(model, owners, parameters)
+        with torch.inference_mode(False), torch.no_grad(), Probe(parameters) as probe:
+            hidden, _ = embed(model, anatomy, torch.arange(PROBE_TOKENS, device=model.device)[None])
+            project(model, anatomy, last_hidden(anatomy, hidden))
+        uses = [
+            {*probe.others.get(key, ())} | {f"product, transposed: {p.transposed}" for p in probe.products.get(key, ())}
+            for key in range(len(parameters))
+        ]
+        looked_up, multiplied = {"embedding"}, {"product, transposed: False"}
+        if uses not in ([looked_up | multiplied], [looked_up, multiplied]):
+            raise ModelError("expected an embedding that looks up rows, and a head that multiplies with its matrix")
+    except ModelError as error:
+        raise ModelError(f"cannot read the ends of {type(model).__name__}: {error}") from error
+    paths = {module: path for path, module in model.named_modules()}
+    places: list[tuple[LayerKind, int]] = [("embedding", EMBEDDING), ("head", len(anatomy.blocks))]
+    return tuple(
+        Layer(
+            index=index,
+            name=paths[owner],
+            block=block,
+            kind=kind,
+            owner=owner,
+            attribute="weight",
+            transposed=False,
+            matrices=1,
+            rows=len(parameter),
+            columns=parameter.shape[1],
+            input=0,
+        )
+        for index, (parameter, owner, (kind, block)) in enumerate(zip(parameters, owners, places, strict=False))
+    )
+
+
+def layers_for(loaded: LoadedModel, kind: str) -> tuple[Layer, ...]:
+    """The layers that a bank of this kind has of a model: those of its blocks, for kind "gguf" between its two ends.
+
+    Raises ModelError as `read_layers` and `read_ends`.
+    """
+    if kind != GGUF:
+        return loaded.layers
+    embedding, *head = read_ends(loaded.model, loaded.anatomy)
+    return tuple(replace(layer, index=i) for i, layer in enumerate((embedding, *loaded.layers, *head)))
 
 
 @contextmanager
@@ -118,7 +184,7 @@ def collecting_(
         number: tuple(InputSum(layer.columns, layer.parameter.device, dtype) for _ in range(layer.matrices))
         for number, layer in sorted(first.items())
     }
-    with eager_experts_(model), _Collector(first, sums):
+    with eager_experts_(model), Collector({number: layer.parameter for number, layer in first.items()}, sums):
         yield sums
 
 
@@ -149,7 +215,7 @@ class _Weight:
 
     def matrices(self, transposed: bool) -> tuple[int, int, int]:
         """(E, R, C) if it is stored like that or transposed."""
-        E, *shape = _stack(self.parameter).shape
+        E, *shape = stacked(self.parameter).shape
         R, C = reversed(shape) if transposed else shape
         return E, R, C
 
@@ -172,13 +238,26 @@ def _check_unshared(model: nn.Module, paths: Iterable[str]) -> None:
     """Raise ModelError if a weight overlaps with any parameter of the model, also with itself under another name."""
     weights = {*paths}
     named = model.named_parameters(remove_duplicate=False)
-    spans = sorted((*_span(parameter), path) for path, parameter in named if parameter.numel())
+    spans = sorted((*span(parameter), path) for path, parameter in named if parameter.numel())
     for (_, end, path), (start, _, other) in pairwise(spans):
         if start < end and weights & {path, other}:
             raise ModelError(f"expected every layer to have weights of its own, but {path} and {other} share theirs")
 
 
-def _layers(block: Block, weights: Sequence[_Weight], probe: _Probe, start: int) -> Iterator[Layer]:
+def _check_alone(model: nn.Module, owners: Sequence[nn.Module], weights: Sequence[Tensor]) -> None:
+    """Raise ModelError if anything but these modules has one of the weights, or overlaps with it."""
+    mine = {id(owner) for owner in owners}
+    for path, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            for weight in weights:
+                (start, end), (first, last) = span(weight), span(parameter)
+                own = parameter is weight and id(module) in mine
+                if parameter.numel() and first < end and start < last and not own:
+                    name = f"{path}.{attribute}"
+                    raise ModelError(f"expected embedding and head to have a matrix of their own, but {name} shares it")
+
+
+def _layers(block: Block, weights: Sequence[_Weight], probe: Probe, start: int) -> Iterator[Layer]:
     """The layers of a block that was probed; their indices begin at `start`."""
     alike: dict[Hashable, list[int]] = {}  # one weight, or the same one of each of many separate experts
     for key, weight in enumerate(weights):
@@ -210,7 +289,7 @@ def _layers(block: Block, weights: Sequence[_Weight], probe: _Probe, start: int)
             start += 1
 
 
-def _orientation(weights: Sequence[_Weight], keys: Sequence[int], probe: _Probe) -> bool | None:
+def _orientation(weights: Sequence[_Weight], keys: Sequence[int], probe: Probe) -> bool | None:
     """Whether weights that are alike are stored transposed; None if they are no layers.
 
     An expert that no token chose is like those that were chosen.
@@ -230,150 +309,6 @@ def _orientation(weights: Sequence[_Weight], keys: Sequence[int], probe: _Probe)
     if not any(key in probe.used for key in keys):
         raise ModelError(f"{expected} is not used")
     return found.pop() if found else None
-
-
-# -- watching products ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Operands:
-    """Where a function that multiplies X (..., C) by M (C, R) finds them among its arguments."""
-
-    x: tuple[int, str]
-    m: tuple[int, str]
-    turned: bool = False  # it is given the transpose of M
-
-    def of_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """X and M."""
-        x, m = (args[place] if place < len(args) else kwargs[name] for place, name in (self.x, self.m))
-        return x, m.mT if self.turned and m.dim() > 1 else m
-
-
-_MATMUL = _Operands((0, "input"), (1, "other"))
-_MM = _Operands((0, "input"), (1, "mat2"))
-_ADDMM = _Operands((1, "mat1"), (2, "mat2"))
-_PRODUCTS: dict[Callable[..., Any], _Operands] = {
-    nn.functional.linear: _Operands((0, "input"), (1, "weight"), turned=True),
-    torch.addmm: _ADDMM,
-    Tensor.addmm: _ADDMM,
-    torch.matmul: _MATMUL,
-    Tensor.matmul: _MATMUL,
-    Tensor.__matmul__: _MATMUL,
-    torch.mm: _MM,
-    Tensor.mm: _MM,
-}
-_SCALE_AND_SHIFT = {"add", "mul"}  # by the weights of a norm, or the biases of experts
-
-
-class _Weights:
-    """Which of some parameters, and which of its matrices, a tensor is a view of."""
-
-    def __init__(self, parameters: Mapping[int, Tensor]) -> None:
-        self.parameters = parameters
-        self.spans = sorted((*_span(parameter), key) for key, parameter in parameters.items() if parameter.numel())
-
-    def key(self, tensor: Tensor) -> int | None:
-        """The key of the parameter that a tensor is a view of."""
-        address = tensor.data_ptr()
-        place = bisect_right(self.spans, address, key=itemgetter(0)) - 1
-        return self.spans[place][2] if place >= 0 and address < self.spans[place][1] else None
-
-    def matrix(self, m: Tensor) -> tuple[int, int, bool] | None:
-        """Key, number and orientation (True: as it is stored) of a matrix M (C, R); None if it is none, or a part."""
-        key = self.key(m)
-        if key is None or m.dim() != 2:
-            return None
-        stack = _stack(self.parameters[key])
-        if stack.dim() != 3:
-            return None
-        number, rest = divmod(m.data_ptr() - stack.data_ptr(), stack.stride(0) * stack.element_size())
-        for transposed, matrix in ((True, stack[number]), (False, stack[number].mT)):
-            if rest == 0 and (matrix.shape, matrix.stride()) == (m.shape, m.stride()):
-                return key, number, transposed
-        return None
-
-
-@dataclass(frozen=True)
-class _Product:
-    """One product of an input with a weight."""
-
-    transposed: bool
-    input: Hashable  # equal for the very same tensor
-
-
-class _Probe(TorchFunctionMode):
-    """Notes what is done with some parameters; they go by their positions."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        super().__init__()
-        self.weights = _Weights(dict(enumerate(parameters)))
-        self.products: dict[int, list[_Product]] = {}  # in the order of their first
-        self.others: dict[int, dict[str, None]] = {}  # names of functions that compute something else from them
-        self.used: set[int] = set()
-        self.inputs: list[Tensor] = []  # held, so that no two have one address
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        if not outputs:
-            return output
-        multiplied = self._note_product(func, args, kwargs)
-        for leaf in tree_leaves((args, kwargs)):
-            key = self.weights.key(leaf) if isinstance(leaf, Tensor) else None
-            if key is None:
-                continue
-            self.used.add(key)
-            is_view = all(self.weights.key(tensor) == key for tensor in outputs)
-            name = func.__name__.strip("_")
-            if key != multiplied and leaf.dim() > 1 and not is_view and name not in _SCALE_AND_SHIFT:
-                self.others.setdefault(key, {})[name] = None
-        return output
-
-    def _note_product(self, func: Any, args: Any, kwargs: Any) -> int | None:
-        """The key of the weight in a product."""
-        if func not in _PRODUCTS:
-            return None
-        x, m = _PRODUCTS[func].of_call(args, kwargs)
-        matrix = self.weights.matrix(m)
-        if matrix is None:
-            return None
-        key, _, transposed = matrix
-        strides = None if x.is_contiguous() else x.stride()
-        same = (x.data_ptr(), x.shape[-1], x.numel(), strides, x._version)
-        self.products.setdefault(key, []).append(_Product(transposed, same))
-        self.inputs.append(x)
-        return key
-
-
-class _Collector(TorchFunctionMode):
-    """Adds what the first layer of every input is multiplied with to that input's sums."""
-
-    def __init__(self, first: Mapping[int, Layer], sums: Mapping[int, Sequence[InputSum]]) -> None:
-        super().__init__()
-        self.weights = _Weights({number: layer.parameter for number, layer in first.items()})
-        self.sums = sums
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _PRODUCTS:
-            x, m = _PRODUCTS[func].of_call(args, kwargs)
-            if (matrix := self.weights.matrix(m)) is not None:
-                number, expert, _ = matrix
-                self.sums[number][expert].add_(x)
-        return func(*args, **kwargs)
-
-
-def _stack(weight: Tensor) -> Tensor:
-    """A matrix as a stack of one; anything else as it is."""
-    return weight[None] if weight.dim() == 2 else weight
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """The addresses between which a tensor with elements lies in memory, from the first to behind the last."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.data_ptr()
-    return start, start + (last + 1) * tensor.element_size()
 
 
 def _pattern(path: str) -> str:

@@ -22,6 +22,7 @@ from discopt_llm.errors import ModelError
 from discopt_llm.replay import Arguments, OutputForm, StopForward, dropped_, first_tensor
 
 Kind = Literal["attention", "mlp"]
+LayerKind = Literal["attention", "mlp", "embedding", "head"]  # of a weight matrix: what it belongs to
 
 
 @dataclass(frozen=True, eq=False)

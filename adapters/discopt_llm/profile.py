@@ -53,6 +53,7 @@ _KINDS = {
     "drop": _Kind(DROP_UNITS, levels=2, banks=(0,)),
     "quantization": _Kind(label=LABEL_PATTERNS["quantization"], example="3"),
     "sparsity": _Kind(label=LABEL_PATTERNS["sparsity"], example="-2"),
+    "gguf": _Kind(label=LABEL_PATTERNS["gguf"], example="Q4_K"),
     "mixed": _Kind(banks=(1, 2), label=LABEL_PATTERNS["mixed"], example="drop, quantization:3 or sparsity:-2"),
 }
 BANK_KINDS = tuple(LABEL_PATTERNS)
@@ -70,7 +71,7 @@ class BankReference:
 class Profile:
     """A profile with the model it belongs to, as a file holds it."""
 
-    kind: str  # "drop", "quantization", "sparsity" or "mixed"
+    kind: str  # "drop", "quantization", "sparsity", "gguf" or "mixed"
     unit: str  # what a unit is: for "drop" one of DROP_UNITS, else one of BANK_UNITS
     model_source: str  # where the model came from, for people
     model_fingerprint: str  # models.fingerprint of it

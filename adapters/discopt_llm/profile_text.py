@@ -8,7 +8,8 @@ block of an odd number being a unit alone. Level 0 is dropped, level 1 kept.
 
 Quantization and sparsity have a line `layer.name: label` for every layer, in any order, the last perhaps without an
 end. The label is a bit width, or by how many steps the layer is sparser (positive) or denser (negative) than the
-target. Where kinds are mixed, which the official code does not do, it is `quantization:3`, `sparsity:-2` or `drop`.
+target. For types of ggml, which the official code does not have, it is the type, such as `Q4_K`; where kinds are mixed,
+which it does not do either, it is `quantization:3`, `sparsity:-2` or `drop`.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ _WIDTH, _STEPS = "[1-9][0-9]?", "0|-?[1-9][0-9]{0,3}"
 LABEL_PATTERNS = {  # by the kind of the profile
     "quantization": re.compile(_WIDTH),
     "sparsity": re.compile(_STEPS),
+    "gguf": re.compile("[A-Z]{1,5}[0-9]{1,2}(_[0-9A-Z]{1,3})?"),
     "mixed": re.compile(f"drop|quantization:({_WIDTH})|sparsity:({_STEPS})"),
 }
 
@@ -86,7 +88,7 @@ def labels_from_text(text: str, where: str = "profile") -> LayerLabels:
             )
         if not _is_label(label):
             raise ProfileError(
-                f"{at}: expected a label such as 3, -2, drop, quantization:3 or sparsity:-2, got {short(label)}"
+                f"{at}: expected a label such as 3, -2, Q4_K, drop, quantization:3 or sparsity:-2, got {short(label)}"
             )
         if name in labels:
             first = list(labels).index(name) + 1

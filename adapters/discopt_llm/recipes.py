@@ -14,14 +14,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from discopt_llm.bank import BankLayer, Form, Sparse, quantized_costs, sparse_costs
-from discopt_llm.layers import Layer
+from discopt_llm import ggml
+from discopt_llm.bank import BankLayer, Form, Ggml, Sparse, ggml_costs, quantized_costs, sparse_costs
+from discopt_llm.errors import BankError
+from discopt_llm.hessian import quadratic_form
+from discopt_llm.layers import GGUF, Layer
 from discopt_llm.quantization import QuantizationSettings, Quantized, quantize
 from discopt_llm.sparsity import SparsitySettings, prune
 
-__all__ = ["QuantizationRecipe", "Recipe", "SolvedStack", "SparsityRecipe"]
+__all__ = ["GgmlRecipe", "QuantizationRecipe", "Recipe", "SolvedStack", "SparsityRecipe"]
 
 SOLVED_BYTES = 2**31  # of pruned weights that are dense at a time
+GGML_ROWS = 4096  # rows that are stored at a time, which bounds what is copied of an embedding
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +53,11 @@ class Recipe(Protocol):
         """All settings, as JSON values."""
         ...
 
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """Packages besides torch that decide about the levels."""
+        ...
+
     def planned(self, layer: Layer) -> BankLayer:
         """What a layer's levels will cost; the errors are not known yet, NaN."""
         ...
@@ -67,6 +76,7 @@ class QuantizationRecipe:
 
     settings: QuantizationSettings
     kind: ClassVar[str] = "quantization"
+    libraries: ClassVar[tuple[str, ...]] = ()
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -108,6 +118,7 @@ class SparsityRecipe:
     step: int
     values: torch.dtype
     kind: ClassVar[str] = "sparsity"
+    libraries: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.target < 1:
@@ -169,6 +180,68 @@ class SparsityRecipe:
                     for j, has in enumerate(present)
                 ]
         return SolvedStack(tuple(map(tuple, forms)), *_sums(torch.cat(errors), pruned.row_norms, parts))
+
+
+@dataclass(frozen=True)
+class GgmlRecipe:
+    """A level for each of some types of ggml, from the fewest bits to the most; see `ggml.types`.
+
+    A layer has those whose blocks its rows are made of. Raises BankError for types that cannot be made here.
+    """
+
+    types: tuple[str, ...]
+    imatrix: bool  # the errors of a layer's inputs count by their mean squares, as llama.cpp's importance matrix has it
+    kind: ClassVar[str] = GGUF
+
+    def __post_init__(self) -> None:
+        if not self.types or ggml.parse_types(self.types) != self.types:
+            raise ValueError(f"types must be some of {', '.join(ggml.types())} in this order, got {self.types}")
+        ggml.check_makeable(self.types, imatrix=self.imatrix)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.types
+
+    @property
+    def described(self) -> dict[str, Any]:
+        return {"method": GGUF, "types": [*self.types], "imatrix": self.imatrix}
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        return ("gguf", *ggml.libraries(self.types, imatrix=self.imatrix))
+
+    def planned(self, layer: Layer) -> BankLayer:
+        """Raises BankError for a layer whose rows none of the types takes."""
+        shape = layer.matrices, layer.rows, layer.columns
+        takes = [ggml.types()[name].takes(layer.columns) for name in self.types]
+        if not any(takes):
+            fitting = [name for name, kind in ggml.types().items() if kind.takes(layer.columns)]
+            raise BankError(
+                f"{layer.name} has rows of {layer.columns} weights, which {', '.join(self.types)} cannot hold; "
+                f"add a type that can: {', '.join(fitting)}"
+            )
+        costs = [ggml_costs(*shape, name) if has else None for name, has in zip(self.types, takes, strict=True)]
+        return _planned(layer, costs)
+
+    def solve(self, layers: Sequence[Layer], weights: Sequence[Tensor], H: Tensor, expert: int) -> SolvedStack:
+        importance = ggml.importance_of(H) if self.imatrix else None
+        solved = [[_stored(W, H, name, importance) for name in self.types] for W in weights]
+        return SolvedStack(
+            forms=tuple(tuple(form for form, _ in of_layer) for of_layer in solved),
+            errors=np.array([[error for _, error in of_layer] for of_layer in solved]),
+            norms=np.array([float(quadratic_form(W, H).sum()) for W in weights]),
+        )
+
+
+def _stored(W: Tensor, H: Tensor, name: str, importance: Tensor | None) -> tuple[Ggml | None, float]:
+    """Weights (R, C) in a type of ggml, as (1, R, C), and the sum of diag(ΔW H ΔWᵀ); None for rows it does not take."""
+    if not ggml.types()[name].takes(W.shape[1]):
+        return None, math.nan
+    parts, error = [], 0.0
+    for rows in W.split(GGML_ROWS):
+        parts.append(ggml.quantize(rows, name, importance))
+        error += float(quadratic_form(ggml.dequantize(parts[-1], name).to(rows) - rows, H).sum())
+    return Ggml(name, torch.cat(parts)[None], W.shape[1]), error
 
 
 def _rows_of(form: Quantized, rows: slice) -> Quantized:

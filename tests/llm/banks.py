@@ -19,10 +19,10 @@ from discopt_llm.anatomy import read_anatomy
 from discopt_llm.bank import BankWriter
 from discopt_llm.build import DENSE, BankPlan
 from discopt_llm.calibration import Calibration
-from discopt_llm.layers import Layer
+from discopt_llm.layers import Layer, layers_for
 from discopt_llm.models import LoadedModel
 from discopt_llm.quantization import QuantizationSettings
-from discopt_llm.recipes import QuantizationRecipe, Recipe, SolvedStack, SparsityRecipe
+from discopt_llm.recipes import GgmlRecipe, QuantizationRecipe, Recipe, SolvedStack, SparsityRecipe
 from discopt_llm.sparsity import SparsitySettings
 from tests.llm.families import FAMILIES, VOCABULARY, tiny_tokenizer
 
@@ -32,6 +32,8 @@ RECIPES: dict[str, Recipe] = {
     # Groups that do not divide the columns, and steps of which the smallest layers cannot make all.
     "quantization": QuantizationRecipe(QuantizationSettings(bits=WIDTHS, group_size=12)),
     "sparsity": SparsityRecipe(SparsitySettings(), target=0.5, levels=9, step=120, values=torch.float16),
+    # Blocks that do not divide all rows, and what takes any.
+    "gguf": GgmlRecipe(("Q4_0", "Q5_1", "Q8_0", "F16"), imatrix=False),
 }
 
 
@@ -57,7 +59,7 @@ def plan(
     text: Calibration | None = None,
     recipe: Recipe | None = None,
 ) -> BankPlan:
-    return BankPlan(model, model.layers, recipe or RECIPES[kind], text or calibration(), propagate)
+    return BankPlan(model, layers_for(model, kind), recipe or RECIPES[kind], text or calibration(), propagate)
 
 
 @dataclass(frozen=True, eq=False)

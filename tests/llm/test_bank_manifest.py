@@ -164,7 +164,7 @@ def test_a_file_name_that_is_not_the_blocks_own_is_refused(bank_folder: Path, na
         ({"rows": 2**52}, "at least 1, got"),
         ({"block": 1}, r"come block by block, 0 to 0, got \[1\]"),
         ({"block": -1}, "must not be negative, got -1"),
-        ({"kind": "norm"}, "kind must be one of attention, mlp, got 'norm'"),
+        ({"kind": "norm"}, "kind must be one of attention, mlp, embedding, head, got 'norm'"),
         ({"weights": [0, 136, 135]}, "weights of level 1 must be 0 to 135, got 136"),
         ({"weights": [1, 135, 135]}, "weights of level 0 must be 0 to 0, got 1"),
         ({"bytes": [0, -1, 5]}, "bytes of level 1 must be 0 to 9007199254740992, got -1"),

@@ -139,7 +139,7 @@ def test_what_only_the_bank_can_tell_leaves_no_run(small: dict[str, Any], tmp_pa
         (SparsifyRequest, {"sparsity": "1.5"}, "got '1.5'"),
         (QuantizeRequest, {"bits": "3", "group": "kind"}, "one of size, name, none, runtime, got 'kind'"),
         (QuantizeRequest, {"bits": "3", "widths": (1, 2)}, r"got \(1, 2\)"),
-        (QuantizeRequest, {"bits": "3", "method": "wanda"}, "one of gptq, rtn, got 'wanda'"),
+        (QuantizeRequest, {"bits": "3", "method": "wanda"}, "one of gptq, rtn, gguf, got 'wanda'"),
         (SparsifyRequest, {"sparsity": "0.5", "method": "gptq"}, "got 'gptq'"),
         (SparsifyRequest, {"sparsity": "0.5", "levels": 4}, "an odd number, .* got 4"),
         (SparsifyRequest, {"sparsity": "0.5", "step": 0}, "at least 1 weight, got 0"),

@@ -181,7 +181,7 @@ def test_a_writer_gives_back_what_its_finished_blocks_hold(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"kind": "drop"}, "kind must be one of quantization, sparsity, got 'drop'"),
+        ({"kind": "drop"}, "kind must be one of quantization, sparsity, gguf, got 'drop'"),
         ({"labels": ["2", "2"]}, r"labels must be different names without a slash, got \['2', '2'\]"),
         ({"labels": []}, r"got \[\]"),
         ({"labels": ["a/b"]}, r"got \['a/b'\]"),

@@ -206,7 +206,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "prune"}, "kind must be one of drop, quantization, sparsity, mixed, got 'prune'"),
+        ({"kind": "prune"}, "kind must be one of drop, quantization, sparsity, gguf, mixed, got 'prune'"),
         ({"unit": "layer"}, "unit must be one of sublayer, block, pair, got 'layer'"),
         (
             {"levels": np.ones((2, 2), dtype=int)},
@@ -290,7 +290,7 @@ def refuses(profile: Profile, change: Callable[[Any], None], message: str, path:
         (changed("version", to=2), "expected version 1, got 2"),
         (changed("version", to=True), "expected version 1, got True"),
         (changed("version", to=...), "expected version 1, got None"),
-        (changed("kind", to="prune"), "kind must be one of drop, quantization, sparsity, mixed, got 'prune'"),
+        (changed("kind", to="prune"), "kind must be one of drop, quantization, sparsity, gguf, mixed, got 'prune'"),
         (changed("kind", to=["mixed"]), r"kind must be text, got \['mixed'\]"),
         (changed("kind", to=...), "kind must be text, got None"),
         (changed("unit", to="layer"), "unit must be one of sublayer, block, pair, got 'layer'"),

@@ -183,7 +183,7 @@ def test_white_space_around_names_and_labels_does_not_matter(text: str) -> None:
         ("a: 3\nb 3", "file, line 2: expected a layer and its label, .*, got 'b 3'"),
         ("a: 3\n: 3", "file, line 2: expected a layer and its label, .*, got ': 3'"),
         ("a b: 3", "file, line 1: expected a layer and its label, .*, got 'a b: 3'"),
-        ("a: 3\nb:", "file, line 2: expected a label such as 3, -2, drop, quantization:3 or sparsity:-2, got ''"),
+        ("a: 3\nb:", "file, line 2: expected a label such as 3, -2, Q4_K, drop, quantization:3 or sparsity:-2, got ''"),
         ("a: 3.0", "file, line 1: expected a label such as .*, got '3.0'"),
         ("a: +3", r"file, line 1: expected a label such as .*, got '\+3'"),
         ("a: 03", "file, line 1: expected a label such as .*, got '03'"),
