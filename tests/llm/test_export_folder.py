@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from discopt.errors import RunFolderError
-from discopt_llm.export.folder import check_target, new_folder
+from discopt_llm.export.folder import check_target, new_folder, set_aside
 
 NOTE = "note.json"
 NEEDS_SIGNALS = pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL and locks on folders")
@@ -108,3 +108,43 @@ def test_only_leftovers_of_the_same_target_are_removed(tmp_path: Path) -> None:
     (tmp_path / f".out.{'f' * 12}.tmp").symlink_to(others[0])
     write(tmp_path / "out", "new")
     assert sorted(os.listdir(tmp_path)) == sorted([*others, f".out.{mark[::-1]}.tmp", f".out.{'f' * 12}.tmp", "out"])
+
+
+# what does not verify
+
+
+def _write_wrongly(target: Path, content: str) -> None:
+    with new_folder(target) as folder:
+        (folder / NOTE).write_text(content)
+        assert set_aside(folder, target, NOTE) == target.with_name("out.unverified")
+        raise ValueError(content)
+
+
+def test_a_folder_set_aside_replaces_an_older_one_of_ours_and_nothing_else(tmp_path: Path) -> None:
+    target, kept = tmp_path / "out", tmp_path / "out.unverified"
+    for content in ("first", "second"):
+        with pytest.raises(ValueError, match=content):
+            _write_wrongly(target, content)
+        assert os.listdir(tmp_path) == ["out.unverified"]
+        assert (kept / NOTE).read_text() == content
+    (kept / NOTE).rename(kept / "mine")
+    with pytest.raises(RunFolderError, match=r"out\.unverified is in the way"):
+        _write_wrongly(target, "third")
+    assert os.listdir(kept) == ["mine"]
+    assert os.listdir(tmp_path) == ["out.unverified"]
+
+
+def test_a_file_set_aside_replaces_a_file_and_no_folder(tmp_path: Path) -> None:
+    target, kept = tmp_path / "model.gguf", tmp_path / "model.gguf.unverified"
+    for content in ("first", "second"):
+        (tmp_path / "written").write_text(content)
+        assert set_aside(tmp_path / "written", target) == kept
+        assert kept.read_text() == content
+    kept.unlink()
+    kept.mkdir()
+    (tmp_path / "written").write_text("third")
+    with pytest.raises(RunFolderError, match="is in the way"):
+        set_aside(tmp_path / "written", target)
+    (tmp_path / "written").unlink()
+    with pytest.raises(RunFolderError, match=r"cannot keep what did not verify at .*: No such file"):
+        set_aside(tmp_path / "written", tmp_path / "other.gguf")

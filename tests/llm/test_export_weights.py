@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from discopt.errors import RunFolderError
@@ -203,13 +204,13 @@ def test_a_checkpoint_without_replaced_weights_says_nothing_of_them(tmp_path: Pa
 # refusals
 
 
-def test_a_student_that_does_not_come_back_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_student_that_does_not_come_back_is_an_error_and_kept_aside(tmp_path: Path) -> None:
     loaded = load(tiny("Llama"))
     before = fingerprint(loaded.model)
     loaded.model.lm_head.register_forward_hook(lambda *call: 2 * call[-1])  # no file can hold this
     with pytest.raises(ModelError, match="differ from the searched student's"):
         write_checkpoint(loaded, dropping(*MIXTURE), tmp_path / "out", replaced=some_weights(loaded))
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == ["out.unverified"]
     assert fingerprint(loaded.model) == before
 
 
@@ -217,7 +218,7 @@ def test_weights_that_are_no_numbers_do_not_pass_for_the_student(tmp_path: Path)
     weights = {Q: torch.full((32, 32), torch.nan)}
     with pytest.raises(ModelError, match="differ from the searched student's by nan of their size"):
         write_checkpoint(llama(), dropping(), tmp_path / "out", replaced=weights)
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == ["out.unverified"]
 
 
 @pytest.mark.parametrize(
@@ -238,11 +239,13 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_is_written(
     assert fingerprint(llama().model) == before
 
 
-def test_tied_weights_are_refused_by_name(tmp_path: Path) -> None:
+def test_tied_weights_are_written_once_with_their_new_values(tmp_path: Path) -> None:
     loaded = load(tiny("OPT", tie_word_embeddings=True))
-    weights = {"lm_head.weight": torch.zeros_like(loaded.model.lm_head.weight)}
-    with pytest.raises(ValueError, match=r"lm_head\.weight, which is also model\.decoder\.embed_tokens\.weight"):
-        write_checkpoint(loaded, dropping(), tmp_path / "out", replaced=weights)
+    weights = {"model.decoder.embed_tokens.weight": 0.5 * loaded.model.lm_head.weight}
+    summary = write_checkpoint(loaded, dropping(), tmp_path / "out", replaced=weights)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert summary.verified
+    assert torch.equal(read.lm_head.weight, weights["model.decoder.embed_tokens.weight"])
 
 
 def test_what_fails_while_weights_are_made_is_not_blamed_on_the_target(tmp_path: Path) -> None:

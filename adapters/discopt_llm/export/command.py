@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from transformers import PretrainedConfig
 
-from discopt_llm.export import hf
+from discopt_llm.export import deci, gguf_families, gguf_file, hf, packed
 from discopt_llm.export.student import StudentModel
 
 __all__ = ["FORMATS", "ExportRequest", "Exported", "Format", "export_run"]
@@ -85,8 +85,26 @@ def _hf(student: StudentModel, request: ExportRequest) -> Exported:
     )
 
 
+def _packed(student: StudentModel, request: ExportRequest) -> Exported:
+    return packed.write_packed(
+        student, request.out, runtime=request.runtime, force=request.force, verify=request.verify
+    )
+
+
+def _deci(student: StudentModel, request: ExportRequest) -> Exported:
+    return deci.write_deci(student, request.out, force=request.force, verify=request.verify)
+
+
+def _gguf(student: StudentModel, request: ExportRequest) -> Exported:
+    out = request.out / f"{request.run.resolve().name}.gguf" if request.out.is_dir() else request.out
+    return gguf_file.write_gguf(student, out, dtype=request.dtype, force=request.force, verify=request.verify)
+
+
 FORMATS: dict[str, Format] = {
     "hf": Format(_hf),
+    "gguf": Format(_gguf, gguf_families.refuse),
+    "compressed-tensors": Format(_packed, packed.refuse, packed.RUNTIMES),
+    "deci": Format(_deci, deci.refuse),
 }
 """Every format by its name."""
 

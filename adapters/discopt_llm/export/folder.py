@@ -3,6 +3,9 @@
 While it is written it is a hidden folder beside its place, `.NAME.MARK.tmp`, and locked; what it replaces is
 `.NAME.MARK.old` for a moment. A process that is killed leaves them behind without a lock, and the next one that
 writes to the same place clears up after it.
+
+What was written whole but does not verify never comes to its place: `set_aside(written, target, note)` moves a file or
+a folder to `TARGET.unverified` and says where that is, for the error to tell.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from discopt.errors import RunFolderError
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["check_target", "new_folder", "os_message", "size"]
+__all__ = ["check_target", "new_folder", "os_message", "set_aside", "size"]
 
 _log = logging.getLogger(__name__)
 
@@ -81,6 +84,25 @@ def new_folder(target: Path) -> Iterator[Path]:
         if lock is not None:
             os.close(lock)
     shutil.rmtree(before, ignore_errors=True)
+
+
+def set_aside(written: Path, target: Path, note: str | None = None) -> Path:
+    """Keep a written file or folder that does not verify: move it to `TARGET.unverified`, and return that path.
+
+    What lies there already is replaced if it is of the same kind, a folder only if it holds the file `note`; anything
+    else is in the way and raises RunFolderError. Inside of `new_folder` it may be called with the folder that is being
+    written; then raise, for there is nothing left that could take the target's place.
+    """
+    kept = target.with_name(f"{target.name}.unverified")
+    try:
+        if kept.is_dir():
+            if not written.is_dir() or note is None or not (kept / note).is_file():
+                raise RunFolderError(f"cannot keep what did not verify: {kept} is in the way")
+            shutil.rmtree(kept)
+        os.replace(written, kept)
+    except OSError as error:
+        raise RunFolderError(f"cannot keep what did not verify at {kept}: {os_message(error)}") from error
+    return kept
 
 
 def size(folder: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ __all__ = ["Student", "UnfitError", "unfit_if", "without_bars"]
 
 CHECKED_TOKENS = 64  # length of the two random sequences on which the written model is compared
 CACHE_SLACK = 5.0  # with a cache, products are taken in other portions, which rounds differently
+
+_log = logging.getLogger(__name__)
 
 
 class UnfitError(Exception):
@@ -50,9 +53,11 @@ class Student:
         with skipped_(part for part, gone in parts if gone):
             return cls(loaded, ids, _on_cpu(model(input_ids=ids, use_cache=False).logits))
 
-    @torch.no_grad()
-    def check(self, folder: Path) -> None:
-        """Load the files as anyone would and compare; raises UnfitError."""
+    def check(self, folder: Path, *, stored: torch.dtype | None = None) -> None:
+        """Load the files as anyone would and compare; raises UnfitError.
+
+        stored: what the files hold of the weights, where that is less exact than the loaded model.
+        """
         with unfit_if("what was written cannot be loaded and run"), without_bars():
             read: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -64,21 +69,28 @@ class Student:
             for problem, names in info.items():
                 if names:
                     raise UnfitError(f"loading what was written reports {problem}: {', '.join(map(str, names))}")
-            model = model.to(self.loaded.model.device).eval()
-            logits = model(input_ids=self.ids, use_cache=False).logits
-            half = self.ids.shape[1] // 2
-            first = model(input_ids=self.ids[:, :half], use_cache=True)
-            cache = getattr(first, "past_key_values", None)
-            second = None
-            if cache is not None:
-                second = model(input_ids=self.ids[:, half:], past_key_values=cache, use_cache=True).logits
-        self._compare(logits, self.logits, 1.0, "the logits of what was written")
-        if second is not None:
-            self._compare(second, self.logits[:, half:], CACHE_SLACK, "with a cache its logits")
+            self.check_model(model, stored=stored)
 
-    def _compare(self, logits: Tensor, expected: Tensor, slack: float, what: str) -> None:
+    @torch.no_grad()
+    def check_model(self, model: Any, *, stored: torch.dtype | None = None) -> None:
+        """Compare a model that was made of the files; raises UnfitError. `stored` as for `check`."""
+        model = model.to(self.loaded.model.device).eval()
+        logits = model(input_ids=self.ids, use_cache=False).logits
+        half = self.ids.shape[1] // 2
+        first = model(input_ids=self.ids[:, :half], use_cache=True)
+        cache = getattr(first, "past_key_values", None)
+        second = None
+        if cache is not None:
+            second = model(input_ids=self.ids[:, half:], past_key_values=cache, use_cache=True).logits
+        eps = max(torch.finfo(dtype).eps for dtype in (self.loaded.model.dtype, stored) if dtype is not None)
+        allowed = max(4 * eps, 1e-4)
+        self._compare(logits, self.logits, allowed, "the logits of what was written")
+        if second is not None:
+            self._compare(second, self.logits[:, half:], CACHE_SLACK * allowed, "with a cache its logits")
+
+    def _compare(self, logits: Tensor, expected: Tensor, allowed: float, what: str) -> None:
         difference = torch.linalg.vector_norm(_on_cpu(logits) - expected) / torch.linalg.vector_norm(expected)
-        allowed = slack * max(4 * torch.finfo(self.loaded.model.dtype).eps, 1e-4)
+        _log.info("%s differ from the searched student's by %.1e of their size", what, difference)
         if not difference <= allowed:
             raise UnfitError(
                 f"{what} differ from the searched student's by {difference:.1e} of their size, expected {allowed:.0e}"

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,16 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from discopt.folder import RunFolder
 from discopt.space import Levels as LevelNumbers
 from discopt_llm.bank import Form as StoredForm
-from discopt_llm.errors import ProfileError
 from discopt_llm.genome import Form
 from discopt_llm.heldout import StudentLevels
 from discopt_llm.layers import Layer
 from discopt_llm.levels import BankLevels
 from discopt_llm.models import LoadedModel, load_model
-from discopt_llm.students import read_student
+from discopt_llm.students import read_student, run_options
 
 __all__ = ["StudentModel"]
 
@@ -31,6 +28,7 @@ DROP = "drop"
 _WORDS = {
     "quantization": "quantized to {bits:.2f} bits on average",
     "sparsity": "pruned to {sparsity:.1%} zeros",
+    "gguf": "stored in GGUF types of {bits:.2f} bits on average",
     "mixed": "compressed to {bpw:.2f} bits per weight",
 }
 
@@ -57,7 +55,7 @@ class StudentModel:
 
         `check_config` is that of `load_model`.
         """
-        options = _options(run)
+        options = run_options(run)
         loaded = load_model(
             options["model"],
             device=device,
@@ -69,7 +67,7 @@ class StudentModel:
 
     @property
     def kind(self) -> str:
-        """ "drop", or what its levels are: "quantization", "sparsity", "mixed"."""
+        """ "drop", or what its levels are: "quantization", "sparsity", "gguf", "mixed"."""
         return self.levels.genome.kind if isinstance(self.levels, BankLevels) else DROP
 
     @cached_property
@@ -122,12 +120,3 @@ class _Weights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._student.placed)
-
-
-def _options(run: Path) -> Mapping[str, Any]:
-    """What a run that found a profile of a language model was asked; raises ProfileError for any other folder."""
-    folder = RunFolder.open(run)
-    options: Mapping[str, Any] = folder.request.get("options", {})
-    if not folder.has("profile.json") or "model" not in options:
-        raise ProfileError(f"{run} holds no profile of a language model; expected the folder of a `discopt llm` run")
-    return options
