@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from discopt.progress import task
 from discopt.space import Levels as LevelNumbers
@@ -20,6 +20,7 @@ from discopt_llm.fitness import KL, Disagreement, Fitness, Perplexity
 BATCH = 2  # sequences measured between two steps of the progress bar
 MOST_NLL = 700.0  # nats; beyond it perplexity leaves the range of float64
 MEASURES: tuple[Fitness, ...] = (KL(), Perplexity(), Disagreement())
+Measure = Callable[[Sequence[Tensor]], list[NDArray[np.float64]]]  # sequences (L,) -> (k, s) of each of MEASURES
 
 
 class StudentLevels(Levels, Protocol):
@@ -61,6 +62,10 @@ class HeldoutScores:
         """Standard error of the mean KL over sequences, (k,); NaN for a single one."""
         return standard_error(self.kl)
 
+    def row(self, i: int) -> HeldoutScores:
+        """Those of one profile, (1, s)."""
+        return HeldoutScores(self.kl[[i]], self.nll[[i]], self.disagreement[[i]])
+
 
 def standard_error(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Of means over the last axis: (..., s) -> (...); NaN for a single value."""
@@ -72,13 +77,20 @@ def heldout_scores(
     evaluator: Evaluator, population: LevelNumbers, heldout: Calibration, *, quiet: bool = False
 ) -> HeldoutScores:
     """Measure profiles (k, n) on all of the held-out text."""
+    with task("held-out text", len(heldout.sequences), unit="sequences", quiet=quiet) as progress:
+        return gather_scores(
+            lambda batch: evaluator.measure(population, batch, MEASURES), heldout, advance=progress.advance
+        )
+
+
+def gather_scores(measure: Measure, heldout: Calibration, *, advance: Callable[[int], None]) -> HeldoutScores:
+    """Measure all of a text, a few sequences at a time; `advance` hears of each few."""
     sequences = list(heldout.sequences)
     parts = []
-    with task("held-out text", len(sequences), unit="sequences", quiet=quiet) as progress:
-        for first in range(0, len(sequences), BATCH):
-            batch = sequences[first : first + BATCH]
-            parts.append(evaluator.measure(population, batch, MEASURES))
-            progress.advance(len(batch))
+    for first in range(0, len(sequences), BATCH):
+        batch = sequences[first : first + BATCH]
+        parts.append(measure(batch))
+        advance(len(batch))
     # Sequences are equally long, so each column is its sequence's mean.
     return HeldoutScores(*(np.concatenate(columns, axis=1) for columns in zip(*parts, strict=True)))
 

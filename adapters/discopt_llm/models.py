@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +36,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
+from transformers.utils.hub import cached_file
 
 from discopt_llm.anatomy import Anatomy, read_anatomy
 from discopt_llm.errors import DeviceError, ModelError, typed_line
@@ -76,6 +84,78 @@ class LoadedModel:
         return self.model.dtype
 
 
+@dataclass(frozen=True, eq=False)
+class ModelFiles:
+    """Where a causal language model is: its config and tokenizer are read, its weights not yet."""
+
+    source: str  # as it was asked for
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    trust_remote_code: bool
+    origin: str  # folder or hub id
+    gguf_file: str | None
+    extra: Mapping[str, Any]  # arguments for loading
+
+    @classmethod
+    def find(
+        cls,
+        source: str,
+        *,
+        trust_remote_code: bool = False,
+        packed: bool = False,
+        check_config: Callable[[PretrainedConfig], None] = lambda _: None,
+    ) -> ModelFiles:
+        """Find what `load_model` would load; raises ModelError for what cannot be loaded.
+
+        packed: take quantized weights as well, which stay as they are.
+        """
+        origin, gguf_file, extra = _locate(source)
+        if gguf_file is not None:
+            extra["gguf_file"] = gguf_file
+        with _quiet(downloads=gguf_file is None):
+            with _explained("model", source, gguf_file):
+                config = AutoConfig.from_pretrained(origin, trust_remote_code=trust_remote_code, **extra)
+                _check_config(config, source, gguf_file, packed)
+                check_config(config)
+            with _explained("tokenizer", source, gguf_file):
+                tokenizer = AutoTokenizer.from_pretrained(origin, trust_remote_code=trust_remote_code, **extra)
+        return cls(source, config, tokenizer, trust_remote_code, origin, gguf_file, extra)
+
+    @property
+    def bytes(self) -> int:
+        """Of its files with weights; of a model of the hub once it is downloaded."""
+        if self.gguf_file is not None:
+            return (Path(self.origin) / self.gguf_file).stat().st_size
+        return sum(path.stat().st_size for path in weight_files(self.origin))
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+        """The model in evaluation mode, its parameters without gradients; raises ModelError if it cannot be used."""
+        packed = self.gguf_file is None and bool(getattr(self.config, "quantization_config", None))
+        # The libraries of packed weights have bars of their own, as the reader of GGUF files does.
+        downloads = self.gguf_file is None and not packed
+        with _quiet(downloads=downloads), _explained("model", self.source, self.gguf_file):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                self.origin,
+                config=self.config,
+                dtype=dtype,
+                device_map={"": device} if device.type == "cuda" else None,
+                use_safetensors=None if self.trust_remote_code or self.gguf_file else True,
+                trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
+                **self.extra,
+                **(_unpacked(self.gguf_file) if self.gguf_file else {}),
+            )
+            model, report = loaded
+            _check_complete(model, report, self.source)
+            if self.gguf_file is not None:
+                _forget_packing_(model)
+            model.eval().requires_grad_(False)
+            if packed:  # some are unpacked by the first call
+                with torch.no_grad():
+                    model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))
+        return model
+
+
 def load_model(
     source: str,
     *,
@@ -94,34 +174,30 @@ def load_model(
     """
     place = parse_device(device)
     precision = parse_dtype(dtype, place)
-    origin, gguf_file, extra = _locate(source)
-    if gguf_file is not None:
-        extra["gguf_file"] = gguf_file
-    with _quiet(downloads=gguf_file is None):
-        with _explained("model", source, gguf_file):
-            config = AutoConfig.from_pretrained(origin, trust_remote_code=trust_remote_code, **extra)
-            _check_config(config, source, gguf_file)
-            check_config(config)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                origin,
-                config=config,
-                dtype=precision,
-                device_map={"": place} if place.type == "cuda" else None,
-                use_safetensors=None if trust_remote_code or gguf_file else True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                **extra,
-                **(_unpacked(gguf_file) if gguf_file else {}),
-            )
-            model, report = loaded
-            _check_complete(model, report, source)
-        with _explained("tokenizer", source, gguf_file):
-            tokenizer = AutoTokenizer.from_pretrained(origin, trust_remote_code=trust_remote_code, **extra)
-        if gguf_file is not None:
-            _forget_packing_(model)
-        model.eval().requires_grad_(False)
-        anatomy = read_anatomy(model)
-    return LoadedModel(model, tokenizer, source, anatomy)
+    files = ModelFiles.find(source, trust_remote_code=trust_remote_code, check_config=check_config)
+    return with_anatomy(files, files.load(place, precision))
+
+
+def with_anatomy(files: ModelFiles, model: PreTrainedModel) -> LoadedModel:
+    """A model that was just loaded, with its anatomy; raises ModelError if that cannot be read."""
+    with _quiet(downloads=False):
+        return LoadedModel(model, files.tokenizer, files.source, read_anatomy(model))
+
+
+def weight_files(origin: str) -> list[Path]:
+    """The files that hold the weights of a folder, or of a model of the hub as far as it is downloaded."""
+
+    def find(name: str) -> Path | None:
+        found = cached_file(origin, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+        return Path(found) if found else None
+
+    for index, single in ((SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME), (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)):
+        names = {single}
+        if listed := find(index):
+            names = {*json.loads(listed.read_bytes())["weight_map"].values()}
+        if found := [path for path in map(find, sorted(names)) if path is not None]:
+            return found
+    return []
 
 
 def _unpacked(gguf_file: str) -> dict[str, Any]:
@@ -191,6 +267,14 @@ def _locate(source: str) -> tuple[str, str | None, dict[str, Any]]:
     return source, None, _reach_hub(source)
 
 
+def gguf_file_of(source: str) -> Path | None:
+    """The GGUF file that a source of models is; None for any other."""
+    if not (source.startswith("package:") or source.lower().endswith(".gguf")):
+        return None
+    folder, name, _ = _locate(source)
+    return Path(folder) / str(name)
+
+
 def _package_file(package: str) -> Path:
     """The first GGUF file of an installed package; the package is not imported."""
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
@@ -246,12 +330,12 @@ def _cached_config(name: str) -> Any:
         raise ModelError(f"expected {SOURCES}, got {name!r}") from error
 
 
-def _check_config(config: Any, source: str, gguf_file: str | None) -> None:
+def _check_config(config: Any, source: str, gguf_file: str | None, packed_too: bool) -> None:
     remote = getattr(config, "auto_map", None) or {}
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in remote:
         raise ModelError(f"expected a causal language model in {source}, got the model type {config.model_type!r}")
     packed = getattr(config, "quantization_config", None)
-    if packed and gguf_file is None:
+    if packed and gguf_file is None and not packed_too:
         method = packed.get("quant_method") if isinstance(packed, dict) else type(packed).__name__
         raise ModelError(f"expected plain weights in {source}, got quantized ones ({method})")
 

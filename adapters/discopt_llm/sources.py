@@ -72,6 +72,13 @@ def open_text(source: str, role: Role) -> Text:
     return Text(source, _for_role(rows, role), joined=False, default_tokens=None)
 
 
+def whereabouts(source: str, directory: str | Path = ".") -> str:
+    """What a source names when it is given in `directory`: equal for the same files and the same datasets."""
+    if source == "builtin" or source in _NAMED or source.startswith("hf:"):
+        return source
+    return str((Path(directory) / source).resolve())
+
+
 def divide(documents: Iterable[str]) -> Iterator[tuple[str, bool]]:
     """Pair every document with whether it is held out: about a fifth of the text, spread evenly over the source.
 

@@ -1,31 +1,28 @@
-"""From a profile in a file to a student that can be measured or written, and measuring it: `discopt llm eval`."""
+"""From a profile in a file or a run to a student that can be measured or written."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from discopt.folder import RunFolder
 from discopt.space import Levels as LevelNumbers
-from discopt_llm.bank import Bank, BankLayer
-from discopt_llm.calibration import load_calibration
+from discopt_llm.bank import Bank
 from discopt_llm.drop import DropLevels, Unit
 from discopt_llm.errors import BankError, ProfileError
-from discopt_llm.evaluator import TEACHER, Evaluator
-from discopt_llm.genome import DROP_LABEL, Genome, bank_genome, mixed_genome
-from discopt_llm.heldout import Method, StudentLevels, heldout_rows
+from discopt_llm.evaluator import Levels
+from discopt_llm.genome import DROP_LABEL, Genome, model_genome
+from discopt_llm.heldout import StudentLevels
+from discopt_llm.layers import EMBEDDING, layers_for
 from discopt_llm.levels import BankLevels
-from discopt_llm.models import LoadedModel, load_model
+from discopt_llm.models import LoadedModel
 from discopt_llm.profile import BankReference, Profile, read_profile
 from discopt_llm.profile_text import levels_from_decisions, levels_from_labels
-from discopt_llm.search import sequence_length
-from discopt_llm.sources import Role
-
-EVAL_SEQUENCE_LENGTH = 2048
 
 
 def read_drop_student(path: str, loaded: LoadedModel, *, unit: Unit | None = None) -> tuple[DropLevels, LevelNumbers]:
@@ -101,26 +98,8 @@ def open_banks(paths: Sequence[str | Path], loaded: LoadedModel, *, verify: bool
     """Banks of a model; raises BankError for one that is of another model, or damaged, as far as `verify` looks."""
     banks = [Bank.open(path, verify=verify) for path in paths]
     for bank in banks:
-        bank.check_model(loaded.fingerprint, loaded.layers)
+        bank.check_model(loaded.fingerprint, layers_for(loaded, bank.kind))
     return banks
-
-
-def genome_of(
-    banks: Mapping[str, tuple[Sequence[BankLayer], Sequence[str]]], unit: str, rest: int, *, drop: bool
-) -> Genome:
-    """The units and levels of banks; `rest` is the number of the model's parameters outside of the layers.
-
-    Banks are layers and labels, by kind. Forms of one bank alone are all there; see `mixed_genome` for more.
-    """
-    if len(banks) == 1 and not drop:
-        ((kind, (layers, labels)),) = banks.items()
-        return bank_genome(layers, labels, kind, unit, rest)
-    return mixed_genome(banks, unit, rest, drop=drop)
-
-
-def parameters_outside(loaded: LoadedModel) -> int:
-    """Number of a model's parameters outside of its layers; tied ones once."""
-    return sum(p.numel() for p in loaded.model.parameters()) - sum(layer.weights for layer in loaded.layers)
 
 
 def read_student(path: str, loaded: LoadedModel, *, banks: Sequence[str] = ()) -> tuple[StudentLevels, LevelNumbers]:
@@ -147,9 +126,39 @@ def read_student(path: str, loaded: LoadedModel, *, banks: Sequence[str] = ()) -
     tables = {bank.kind: (bank.layers, bank.labels) for bank in opened}
     if len(tables) < len(opened):
         raise BankError(f"expected banks of different kinds, got {len(opened)} of kind {opened[0].kind}")
-    genome = genome_of(tables, unit, parameters_outside(loaded), drop=mixed)
-    levels = BankLevels(loaded, loaded.layers, genome, opened)
+    genome = model_genome(loaded, tables, unit, drop=mixed)
+    levels = BankLevels(loaded, layers_for(loaded, opened[0].kind), genome, opened)
     return levels, read_bank_student(path, loaded, genome)
+
+
+def run_folder(path: str) -> Path | None:
+    """The run that a profile is of: a run folder, or one that a file lies in."""
+    found = Path(path).resolve()
+    folder = found if found.is_dir() else found.parent
+    return folder if (folder / "run.json").is_file() else None
+
+
+def run_options(run: str | Path) -> Mapping[str, Any]:
+    """What a run that found a profile of a language model was asked; raises ProfileError for any other folder."""
+    folder = RunFolder.open(run)
+    options: Mapping[str, Any] = folder.request.get("options", {})
+    if not folder.has("profile.json") or "model" not in options:
+        raise ProfileError(f"{run} holds no profile of a language model; expected the folder of a `discopt llm` run")
+    return options
+
+
+@contextmanager
+def student_(levels: Levels, profile: NDArray[np.integer]) -> Iterator[None]:
+    """The whole model as a profile (n,) has it, for plain forward passes, while inside.
+
+    All weights of the student are in memory then, besides the model's own.
+    """
+    embedding, head = levels.end_units
+    with ExitStack() as stack:
+        for block, units in enumerate((embedding, *levels.block_units, head), start=EMBEDDING):
+            if len(units):
+                stack.enter_context(levels.applied_(block, tuple(np.asarray(profile)[units].tolist())))
+        yield
 
 
 def _is_mixed(label: str) -> bool:
@@ -157,71 +166,13 @@ def _is_mixed(label: str) -> bool:
     return label == DROP_LABEL or ":" in label
 
 
-def _run_folder(path: str) -> Path | None:
-    """The run that a profile is of: a run folder, or one that a file lies in."""
-    found = Path(path).resolve()
-    folder = found if found.is_dir() else found.parent
-    return folder if (folder / "run.json").is_file() else None
-
-
 def _bank_of(reference: BankReference, path: str) -> str:
     """Where a profile's bank is: as it was written down, or beside the run if that was moved."""
     there = Path(reference.path)
-    moved = (_run_folder(path) or Path(path).resolve()).parent / "banks" / there.name
-    if not there.is_dir() and moved.is_dir():
-        return str(moved)
+    run = run_folder(path) or Path(path).resolve()
+    for parent in () if there.is_dir() else run.parents[:2]:  # the second for a run of a ladder
+        if (moved := parent / "banks" / there.name).is_dir():
+            return str(moved)
     if not there.is_dir():
         raise BankError(f"the bank of {path} is not at {there} any more; say with --bank where it is")
     return reference.path
-
-
-@dataclass(frozen=True)
-class EvalRequest:
-    """What was asked of `discopt llm eval`."""
-
-    model: str
-    data: str
-    profile: str | None = None
-    banks: tuple[str, ...] = ()
-    tokens: int | None = None
-    sequence_length: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    trust_remote_code: bool = False
-
-
-def evaluate_student(request: EvalRequest, *, quiet: bool) -> dict[str, Any]:
-    """Measure the model, and its student under a profile, on text; returns what `discopt llm eval --json` prints."""
-    loaded = load_model(
-        request.model, device=request.device, dtype=request.dtype, trust_remote_code=request.trust_remote_code
-    )
-    levels: StudentLevels = DropLevels(loaded.anatomy)
-    methods: list[Method] = []
-    if request.profile is not None:
-        levels, profile = read_student(request.profile, loaded, banks=request.banks)
-        methods = [Method(request.profile, profile, 0)]
-    dense = np.full(len(levels.names), TEACHER, dtype=np.int16)
-    text = load_calibration(
-        request.data,
-        loaded.tokenizer,
-        sequence_length=sequence_length(loaded, request.sequence_length, EVAL_SEQUENCE_LENGTH),
-        tokens=request.tokens,
-        role=_role(request),
-    )
-    rows = heldout_rows(Evaluator(loaded, levels), levels, [Method("dense", dense, 0), *methods], text, quiet=quiet)
-    for row in rows:
-        del row["tokens"]  # nothing was searched
-    return {
-        "command": "llm eval",
-        "model": request.model,
-        "data": {"source": text.source, "tokens": text.tokens, "sequence_length": text.sequence_length},
-        "rows": rows,
-    }
-
-
-def _role(request: EvalRequest) -> Role:
-    """The side that no search has seen where the text may have been searched on, else all of it."""
-    searched = {"builtin", "fineweb-edu"}
-    if request.profile is not None and (run := _run_folder(request.profile)) is not None:
-        searched.add(RunFolder.open(run).request.get("options", {}).get("calibration"))
-    return "heldout" if request.data in searched else "all"

@@ -22,9 +22,10 @@ from discopt_llm.bank_search import (
 )
 from discopt_llm.banks import BankRequest, make_bank
 from discopt_llm.errors import BankError, ProfileError
+from discopt_llm.evaluation import EvalRequest, evaluate
 from discopt_llm.models import load_model
 from discopt_llm.search import Prepared
-from discopt_llm.students import EvalRequest, evaluate_student, read_student
+from discopt_llm.students import read_student
 from tests.llm.families import tiny, tiny_tokenizer
 from tests.llm.searches import compared, contents, run, snapshot
 
@@ -115,9 +116,14 @@ def test_eval_measures_what_the_run_reported(kind: str, request: pytest.FixtureR
 
     def measured(profile: str, *banks: str) -> dict[str, Any]:
         evaluation = EvalRequest(
-            asked.model, asked.calibration, str(tmp_path / profile), banks, tokens=128, sequence_length=32
+            what=(asked.model,),
+            data=(asked.calibration,),
+            profile=str(tmp_path / profile),
+            banks=banks,
+            tokens=128,
+            sequence_length=32,
         )
-        row: dict[str, Any] = evaluate_student(evaluation, quiet=True)["rows"][1]
+        row: dict[str, Any] = evaluate(evaluation, quiet=True)["rows"][1]
         return row
 
     expected = {key: results["rows"][-1][key] for key in ("kl", "perplexity", "agreement", "bytes")}
@@ -133,9 +139,9 @@ def test_the_loss_of_the_search_itself_is_measured_again(quantize: QuantizeReque
     prepared = Prepared.load(request, lambda line: None)
     searched = tmp_path / "searched.txt"
     searched.write_text(prepared.loaded.tokenizer.decode(prepared.calibration.sequences.flatten()))
-    evaluation = EvalRequest(request.model, str(searched), str(tmp_path / "run"), sequence_length=32)
-    found = evaluate_student(evaluation, quiet=True)
-    assert found["data"]["tokens"] == 256
+    evaluation = EvalRequest(what=(str(tmp_path / "run"),), data=(str(searched),), sequence_length=32)
+    found = evaluate(evaluation, quiet=True)
+    assert found["rows"][1]["tokens"] == 256
     assert found["rows"][1]["kl"] == pytest.approx(results["loss"], rel=1e-5)
 
 
@@ -144,9 +150,13 @@ def test_a_run_that_moved_with_its_banks_is_measured_alike(unbuilt: QuantizeRequ
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
     for name in ("run", "run/profile.json"):
         evaluation = EvalRequest(
-            unbuilt.model, unbuilt.calibration, str(tmp_path / "elsewhere" / name), tokens=128, sequence_length=32
+            what=(unbuilt.model,),
+            data=(unbuilt.calibration,),
+            profile=str(tmp_path / "elsewhere" / name),
+            tokens=128,
+            sequence_length=32,
         )
-        row = evaluate_student(evaluation, quiet=True)["rows"][1]
+        row = evaluate(evaluation, quiet=True)["rows"][1]
         assert row["kl"] == pytest.approx(results["rows"][-1]["kl"], rel=1e-5)
     shutil.rmtree(tmp_path / "elsewhere" / "banks")
     with pytest.raises(BankError, match=r"is not at .* any more; say with --bank where it is"):

@@ -11,12 +11,15 @@ from typing import Any
 import datasets
 import huggingface_hub
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from discopt_llm import sources
 from discopt_llm.calibration import load_calibration
 from discopt_llm.errors import DataError
+from discopt_llm.evaluation import EvalRequest, evaluate
 from discopt_llm.sources import open_text
+from tests.llm.families import tiny
 from tests.llm.texts import ROWS, decode, with_bos, write_jsonl
 
 
@@ -109,6 +112,27 @@ def test_c4_is_its_first_1100_documents(hub: Hub) -> None:
     calibration = load_calibration("c4", with_bos(), sequence_length=1, role="heldout")
     assert decode(calibration) == "\n\n".join(f"document {i}" for i in range(1100))
     assert hub.read == 1100
+
+
+@pytest.mark.parametrize(("source", "split", "documents"), [("wikitext2", "test", 1300), ("c4", "validation", 1100)])
+def test_perplexity_on_the_benchmarks_is_the_published_one(
+    source: str, split: str, documents: int, hub: Hub, tmp_path: Path
+) -> None:
+    """One text joined by blank lines, no BOS anywhere, sequences that do not overlap, the first token of each given."""
+    texts = [f"{i * 7919:06}" for i in range(1300)]
+    hub.splits[split] = [{"text": text} for text in texts]
+    model, tokenizer = tiny("Llama"), with_bos()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ids = torch.tensor(tokenizer("\n\n".join(texts[:documents]), add_special_tokens=False).input_ids)
+    sequences = ids[: len(ids) // 64 * 64].view(-1, 64)
+    with torch.no_grad():
+        logits = model(sequences).logits.double()
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), sequences[:, 1:].flatten())
+    asked = EvalRequest(what=(str(tmp_path),), data=(source,), sequence_length=64)
+    (row,) = evaluate(asked, quiet=True)["rows"]
+    assert row["tokens"] == sequences.numel()
+    assert row["perplexity"] == pytest.approx(loss.exp().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("source", ["wikitext2", "c4", "fineweb-edu", "hf:some/name"])

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from discopt_llm import sources
 from discopt_llm.calibration import load_calibration
 from discopt_llm.errors import DataError
-from discopt_llm.sources import divide, open_text
+from discopt_llm.sources import divide, open_text, whereabouts
 from tests.llm.texts import ROWS, WRITERS, decode, write_jsonl, write_parquet
 
 
@@ -97,6 +97,16 @@ def test_local_sources_reach_for_no_network(
 ) -> None:
     source = suffix if suffix == "builtin" else str(WRITERS[suffix](tmp_path / f"a{suffix}", ROWS * 10))
     assert load_calibration(source, tokenizer, sequence_length=16, tokens=20, role=role).tokens == 32
+
+
+def test_a_source_is_known_by_what_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    assert whereabouts("b.txt", tmp_path / "a") == whereabouts("a/../a/b.txt") == str(tmp_path / "a" / "b.txt")
+    assert whereabouts("b.txt") != whereabouts("b.txt", tmp_path / "a")
+    assert whereabouts("b.jsonl:one") != whereabouts("b.jsonl:two")
+    for source in ("builtin", "wikitext2", "c4", "fineweb-edu", "hf:some/name:test"):
+        assert whereabouts(source) == whereabouts(source, tmp_path / "a") == source
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
