@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,25 +17,27 @@ from discopt.plots import new_figure, plot_trace, save_figure, style_axes
 from discopt.progress import format_loss
 from discopt.report import markdown_rows
 from discopt.run import Result
+from discopt_llm.drop import DropLevels
 from discopt_llm.genome import DROP_LABEL, Genome
+from discopt_llm.levels import BankLevels
+from discopt_llm.report_html import run_page
+from discopt_llm.report_page import write_page
+from discopt_llm.report_record import RunRecord
+from discopt_llm.report_units import Units, form_words, short_names
+from discopt_llm.report_words import fitness_words, size_words
 
 if TYPE_CHECKING:
     from discopt_llm.search import Prepared, Task
 
-FITNESS_WORDS = {
-    "kl": "KL to the dense model, nats per token",
-    "ppl": "negative log-likelihood, nats per token",
-    "tv": "total variation to the dense model",
-}
 KEPT, DEAREST, DROPPED = "#e2e8f0", "#3b82c4", "#dc6b6b"
 _PICTURE_WORDS = {
     "quantization": "width of the weights, bits",
     "sparsity": "zeros, %",
+    "gguf": "type of the weights",
     "mixed": "width in bits, zeros in %, – for dropped",
 }
 _SPARSE = "sparse"
 _STATISTICS: dict[str, Callable[[NDArray[np.float64]], float]] = {"least": np.min, "mean": np.mean, "most": np.max}
-_UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9}
 _log = logging.getLogger(__name__)
 
 
@@ -50,6 +51,7 @@ def write_run(
 ) -> dict[str, Any]:
     """Write the answer's files, results.json last, since it says that the others are there; returns its content."""
     task.document(result.profile).write(folder.path / "profile.json")
+    folder.write_text("units.json", _units(task).to_json())
     folder.write_text("profile.txt", task.text(result.profile))
     results = {
         "format": "discopt-results",
@@ -62,21 +64,45 @@ def write_run(
         "choice": list(choice),
         "heldout": {"source": prepared.heldout.source, "tokens": prepared.heldout.tokens},
         "seed": prepared.request.seed,
+        "settings": _settings(prepared),
+        "command_line": prepared.request.command_line(folder.path),
         "folder": str(folder.path),
     }
     pictures = _draw(prepared, task, result, folder)
     folder.write_text("report.md", _report(prepared, task, result, results, pictures, folder))
+    write_page(folder.path / "report.html", run_page(RunRecord.read(folder.path, results)))
     folder.write_json("results.json", results)
     return results
+
+
+def _units(task: Task) -> Units:
+    """What is known of the units and their levels."""
+    levels = task.levels
+    if isinstance(levels, BankLevels):
+        return Units.of_genome(levels.genome, len(levels.loaded.anatomy.blocks))
+    assert isinstance(levels, DropLevels)
+    return Units.of_sub_blocks(levels)
+
+
+def _settings(prepared: Prepared) -> dict[str, Any]:
+    """What the preset, and the options that replace its values, come to."""
+    chosen, reserved = prepared.request.chosen, prepared.reserved
+    return {
+        "algorithm": chosen.algorithm,
+        "start": chosen.start,
+        "stages": [str(stage) for stage in chosen.stages],
+        "sequence_length": prepared.calibration.sequence_length,
+        "calibration_tokens": prepared.calibration.tokens,
+        "reserved_tokens": reserved.tokens if reserved is not None else 0,
+    }
 
 
 def _draw(prepared: Prepared, task: Task, result: Result, folder: RunFolder) -> list[str]:
     """The pictures that could be drawn: none without matplotlib."""
     drawn = []
-    fitness = prepared.request.fitness.partition(":")[0]
     try:
         if any(line["best"] is not None for line in result.trace):
-            loss = FITNESS_WORDS.get(fitness, "KL over the dense model's top tokens, nats per token")
+            loss = fitness_words(prepared.request.fitness)
             plot_trace(result.trace, folder.path / "trace.png", unit="tokens", loss=loss)
             drawn.append("trace.png")
         task.draw(result.profile, folder.path / "units.png")
@@ -127,7 +153,7 @@ def plot_levels(genome: Genome, profile: NDArray[np.integer], path: Path) -> Non
     """Draw the level of every unit (n,) as a map of blocks by units, the darker the dearer; needs the extra `plot`."""
     kinds = unit_kinds(genome)
     rows = list(dict.fromkeys(kinds))
-    blocks = int(genome.block_of.max()) + 1
+    first, blocks = int(genome.block_of.min()), int(genome.block_of.max()) + 1
     figure = new_figure(max(4.6, 0.3 * blocks + 2.2), 0.32 * len(rows) + 1.2)
     axes = figure.add_subplot()
     style_axes(axes)
@@ -141,7 +167,7 @@ def plot_levels(genome: Genome, profile: NDArray[np.integer], path: Path) -> Non
         dropped = genome.labels[unit][level] == DROP_LABEL
         axes.add_patch(_cell(x, y, DROPPED if dropped else _shade(share)))
         axes.text(x, y, "–" if dropped else word, ha="center", va="center", fontsize=6)
-    axes.set_xlim(-0.6, blocks - 0.4)
+    axes.set_xlim(first - 0.6, blocks - 0.4)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xticks(range(0, blocks, max(1, blocks // 15)))
@@ -158,17 +184,7 @@ def _shade(share: float) -> str:
 
 def unit_kinds(genome: Genome) -> list[str]:
     """What the layers of each unit are called in their block, (n,): "q_proj+k_proj", "attn.c_proj", "mlp.c_proj"."""
-    paths = [names[0].split(".") for names in genome.layer_names]
-    others = [[name.rpartition(".")[2] for name in names[1:]] for names in genome.layer_names]
-    depth = np.ones(genome.n, dtype=int)
-    while True:
-        kinds = ["+".join([".".join(p[-d:]), *more]) for p, d, more in zip(paths, depth, others, strict=True)]
-        count = Counter(zip(genome.block_of.tolist(), kinds, strict=True))
-        clashing = {kind for (_, kind), times in count.items() if times > 1}
-        deeper = np.array([kind in clashing and d < len(p) for kind, d, p in zip(kinds, depth, paths, strict=True)])
-        if not deeper.any():
-            return kinds
-        depth += deeper
+    return short_names(genome.names, genome.block_of.tolist())
 
 
 def level_words(genome: Genome, profile: NDArray[np.integer]) -> list[str]:
@@ -195,9 +211,9 @@ def levels_listing(genome: Genome, profile: NDArray[np.integer]) -> str:
             for name in names
         ]
         return "Share of zeros.\n\n" + markdown_rows(rows)
-    words = np.array([_form_words(label) for label in genome.labels_of(profile)])
-    known = dict.fromkeys(_form_words(label) for row in genome.labels for label in row if label)
-    columns = sorted((word for word in known if word in words), key=_form_order)
+    words = np.array([form_words(label) for label in genome.labels_of(profile)])
+    ranked = dict.fromkeys(form_words(label) for label in Units.of_genome(genome, blocks=0).ranked)
+    columns = sorted((word for word in ranked if word in words), key=lambda word: word == _SPARSE)
     rows = [
         {"layers": name, **{word: int(((kinds == name) & (words == word)).sum()) for word in columns}} for name in names
     ]
@@ -206,31 +222,13 @@ def levels_listing(genome: Genome, profile: NDArray[np.integer]) -> str:
     return f"How many have which form.{note}\n\n" + markdown_rows(rows)
 
 
-def _form_words(label: str) -> str:
-    """A level's label as a column is headed: "3 bits", "sparse", "dropped"."""
-    if label == DROP_LABEL:
-        return "dropped"
-    return _SPARSE if label.startswith("sparsity:") else f"{label.rpartition(':')[2]} bits"
-
-
-def _form_order(word: str) -> int:
-    """Dropped, then widths, then sparse."""
-    return {"dropped": 0, _SPARSE: 100}[word] if word in ("dropped", _SPARSE) else int(word.partition(" ")[0])
-
-
 def met_words(met: Mapping[str, Any]) -> str:
     """What a student weighs, in all measures."""
     return (
         f"{met['bits']:.3f} bits on average, {met['bpw']:.3f} stored bits per weight with scales, zero points and "
-        f"masks, {met['sparsity']:.1%} zeros, a file of {_bytes(met['bytes'])} ({met['size']:.3f}x the dense one in 16 "
-        "bits)"
+        f"masks, {met['sparsity']:.1%} zeros, a file of {size_words(met['bytes'])} ({met['size']:.3f}x the dense one "
+        "in 16 bits)"
     )
-
-
-def _bytes(number: int) -> str:
-    """Bytes for people: "75.6 KB", "138.2 MB"."""
-    unit = next((unit for unit in ("GB", "MB") if number >= _UNITS[unit]), "KB")
-    return f"{number / _UNITS[unit]:,.1f} {unit}"
 
 
 def _report(
@@ -274,7 +272,8 @@ def _report(
         "```\n"
         + "\n".join(
             (
-                shlex.join(["discopt", "llm", "apply", str(folder.path), "--out", "MODEL"]) + "  # a checkpoint",
+                shlex.join(["discopt", "llm", "export", str(folder.path), "--to", "hf", "--out", "MODEL"])
+                + "  # a checkpoint",
                 shlex.join(["discopt", "resume", str(folder.path)]) + "  # go on, if it was stopped",
                 request.command_line(folder.path) + "  # the same again",
             )

@@ -22,6 +22,9 @@ RUN_FILES = {
     "profile.json",
     "profile.txt",
     "report.md",
+    "report.html",
+    "heldout.json",
+    "units.json",
     "trace.png",
     "units.png",
 }
