@@ -65,10 +65,15 @@ def shortgpt(similarity: Similarity, levels: DropLevels, space: SearchSpace) -> 
     return drop_lowest(space, np.array(influence))
 
 
-def unit_influence(similarity: Similarity, levels: DropLevels, space: SearchSpace) -> Levels:
-    """Drop the units of least influence, each scored between its own ends: (n,). Sub-blocks are told apart."""
+def influences(similarity: Similarity, levels: DropLevels) -> NDArray[np.float64]:
+    """The influence of every unit between its own ends, (n,). Sub-blocks are told apart."""
     ends = np.cumsum([0] + [len(parts) for parts in levels.units])
-    return drop_lowest(space, 1 - similarity[ends[:-1], ends[1:]])
+    return 1 - similarity[ends[:-1], ends[1:]]
+
+
+def unit_influence(similarity: Similarity, levels: DropLevels, space: SearchSpace) -> Levels:
+    """Drop the units of least influence: (n,)."""
+    return drop_lowest(space, influences(similarity, levels))
 
 
 def window_cosine(similarity: Similarity, levels: DropLevels, space: SearchSpace) -> Levels:

@@ -11,13 +11,14 @@ import typer
 from discopt.console import checked, only_json_on_stdout, terminated_as_interrupted
 from discopt_llm import cli_options as o
 from discopt_llm.cli_compare import compare
+from discopt_llm.cli_export import export
+from discopt_llm.cli_report import report
 from discopt_llm.cli_run import (
     interrupted,
     need_llm,
     parse_blocks,
     parse_names,
     parse_widths,
-    print_rows,
     request_options,
     run_search,
     say_unless,
@@ -32,7 +33,9 @@ def drop(
     ctx: typer.Context,
     model: o.Model,
     *,
-    sparsity: Annotated[float, o.budget(help="Share of the blocks, or of each kind of sub-block, to drop: in [0, 1).")],
+    sparsity: Annotated[
+        str, o.budget(metavar="SHARE", help="Share of the blocks, or of each kind of sub-block, to drop: in [0, 1).")
+    ],
     unit: Annotated[
         str, o.levels(metavar="sublayer|block|pair", help="What is dropped at a time.", show_default=True)
     ] = "sublayer",
@@ -42,7 +45,8 @@ def drop(
     """Drop attention and MLP sub-blocks, or whole blocks, chosen by evolutionary search on the real loss.
 
     Leaves a run folder with the profile, a table against baselines on held-out text, a report and pictures. What
-    was interrupted or killed goes on with `discopt resume RUN`.
+    was interrupted or killed goes on with `discopt resume RUN`. Several shares, with commas between them, make a
+    ladder: a run for each, which begins with what the one before it found.
 
     Examples:
 
@@ -51,11 +55,14 @@ def drop(
         discopt llm drop ./my-model --sparsity 0.2 --unit block --protect 0,1 --preset paper --out runs/blocks
 
         discopt llm drop model.gguf --sparsity 0.3 --stage 4@1024 --stage 1@8192 --generations 200 --out runs/g
+
+        discopt llm drop ./my-model --sparsity 0.1,0.2,0.3 --out runs/ladder
     """
     need_llm()
-    from discopt_llm.drop_search import DropRequest
+    from discopt_llm.drop_search import DropRequest, share_of
 
-    run_search(ctx, DropRequest, protect=parse_blocks(protect))
+    share = sparsity if "," in sparsity else checked(lambda: share_of(sparsity))
+    run_search(ctx, DropRequest, protect=parse_blocks(protect), sparsity=share)
 
 
 @app.command()
@@ -64,7 +71,12 @@ def bank(
     model: o.Model,
     *,
     kind: Annotated[
-        str, o.levels(metavar="quantization|sparsity", help="What the levels are.", show_default=True)
+        str,
+        o.levels(
+            metavar="quantization|sparsity|gguf",
+            help="What the levels are; gguf: the types of ggml in which llama.cpp stores weights.",
+            show_default=True,
+        ),
     ] = "quantization",
     method: Annotated[
         str | None,
@@ -92,12 +104,14 @@ def bank(
     damping: Annotated[
         float, o.levels(help="Added to the Hessian's diagonal, relative to its mean.", show_default=True)
     ] = 0.01,
+    types: o.Types = None,
+    imatrix: o.Imatrix = None,
     propagate: Annotated[
         str | None,
         o.levels(
             metavar="dense|LEVEL",
             help="What makes the next block's inputs; without it, 3 bits for quantization (if that is a level), dense "
-            "for sparsity.",
+            "for the others.",
         ),
     ] = None,
     calibration: o.CalibrationSource = "builtin",
@@ -111,7 +125,10 @@ def bank(
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Build a bank: every layer of a model at every bit width, or at every sparsity.
+    """Build a bank: every layer of a model at every bit width, at every sparsity, or in every type of ggml.
+
+    Of kind gguf, embedding and head have levels too, and a layer has those types that its rows are whole blocks of:
+    32 weights, or 256 for K-types and most IQ types.
 
     All searches at whatever budget take their levels from it. A build that was interrupted or killed goes on after
     its last finished block when the same command is given again.
@@ -123,12 +140,15 @@ def bank(
         discopt llm bank ./my-model --kind sparsity --target 0.6 --calibration fineweb-edu --out banks/sparse
 
         discopt llm bank model.gguf --method rtn --bits 2,3,4,8 --symmetric --out banks/rtn
+
+        discopt llm bank ./my-model --kind gguf --types Q4_0,Q4_1,Q5_0,Q5_1,Q8_0 --no-imatrix --out banks/types
     """
     need_llm()
     with only_json_on_stdout(as_json), terminated_as_interrupted():
         from discopt_llm.banks import BankRequest, bank_summary, make_bank
 
-        request = checked(lambda: BankRequest(**request_options(BankRequest, ctx, bits=parse_widths(bits, "--bits"))))
+        changes = {"bits": parse_widths(bits, "--bits"), "types": parse_names(types or "")}
+        request = checked(lambda: BankRequest(**request_options(BankRequest, ctx, **changes)))
         try:
             built = make_bank(request, out, force=force, quiet=quiet, say=say_unless(quiet))
         except KeyboardInterrupt:
@@ -147,31 +167,45 @@ def quantize(
     bpw: o.Bpw = None,
     size: o.Size = None,
     banks: o.Banks = None,
-    group: o.Group = "size",
-    method: Annotated[str, o.levels(metavar="gptq|rtn", help="How a bank is built.", show_default=True)] = "gptq",
+    group: o.QuantizeGroup = None,
+    method: Annotated[
+        str,
+        o.levels(
+            metavar="gptq|rtn|gguf",
+            help="How a bank is built; gguf: of types of ggml, of embedding and head as well. Say so of a --bank too.",
+            show_default=True,
+        ),
+    ] = "gptq",
     widths: o.Widths = "2,3,4,5,6",
     group_size: o.GroupSize = 128,
     symmetric: o.Symmetric = False,
+    types: o.Types = None,
+    imatrix: o.Imatrix = None,
     bank_tokens: o.BankTokens = None,
     **_: Any,
 ) -> None:
-    """Choose a bit width for every layer by evolutionary search on the real loss, within a budget.
+    """Choose a bit width, or a type of ggml, for every layer by evolutionary search on the real loss, within a budget.
 
     The bank of quantized layers is built first, if none is given, and kept in `banks` beside the run for the next
-    budget. What was interrupted or killed goes on with `discopt resume RUN`.
+    budget. Several budgets, with commas between them, make a ladder: a run for each, which begins with what the one
+    below it found, and the Pareto table of all. What was interrupted or killed goes on with `discopt resume RUN`.
 
     Examples:
 
         discopt llm quantize HuggingFaceTB/SmolLM2-135M --bits 3 --calibration fineweb-edu --out runs/three
 
+        discopt llm quantize ./my-model --bits 2.5,3,3.5,4 --out runs/ladder
+
         discopt llm quantize ./my-model --size 0.3x --group runtime --bank banks/smol --out runs/small
 
         discopt llm quantize model.gguf --bpw 2.75 --preset demo --group-size 64 --out runs/demo
+
+        discopt llm quantize ./my-model --method gguf --size 100MB --out runs/types
     """
     need_llm()
     from discopt_llm.bank_search import QuantizeRequest
 
-    run_search(ctx, QuantizeRequest, widths=parse_widths(widths, "--widths"))
+    run_search(ctx, QuantizeRequest, widths=parse_widths(widths, "--widths"), types=parse_names(types or ""))
 
 
 @app.command()
@@ -197,13 +231,17 @@ def sparsify(
     """Choose a sparsity for every layer by evolutionary search on the real loss, within a budget.
 
     The bank of pruned layers is built first, if none is given, with its middle level at the sparsity asked for, and
-    kept in `banks` beside the run. What was interrupted or killed goes on with `discopt resume RUN`.
+    kept in `banks` beside the run. Several budgets, with commas between them, make a ladder, as in `quantize`; its
+    bank has the middle between the outer sparsities in its middle. What was interrupted or killed goes on with
+    `discopt resume RUN`.
 
     Examples:
 
         discopt llm sparsify HuggingFaceTB/SmolLM2-135M --sparsity 0.6 --calibration fineweb-edu --out runs/sparse
 
         discopt llm sparsify ./my-model --sparsity 55% --bank banks/sparse --group name --out runs/named
+
+        discopt llm sparsify ./my-model --sparsity 50%,60%,70% --out runs/ladder
     """
     need_llm()
     from discopt_llm.bank_search import SparsifyRequest
@@ -235,7 +273,8 @@ def compress(
     """Mix dropping, sparsity and quantization: one search over all of them, at one size.
 
     A unit's levels are dropping it, its sparse forms and its bit widths, ordered by the bytes they take; a dropped
-    sub-block frees the bytes of all its layers for the others.
+    sub-block frees the bytes of all its layers for the others. Several budgets, with commas between them, make a
+    ladder, as in `quantize`.
 
     Examples:
 
@@ -251,88 +290,80 @@ def compress(
 
 @app.command("eval")
 def evaluate(
-    model: o.Model,
+    ctx: typer.Context,
+    what: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="WHAT",
+            help="Model folders, hub ids, .gguf files, package:NAME, and run folders, whose students are measured.",
+            show_default=False,
+        ),
+    ],
     data: Annotated[
         str,
-        o.data(metavar="SRC", help=f"Text to measure on: {o.SOURCES}. What a search may have seen of it is left out."),
-    ],
+        o.data(
+            metavar="SRC[,SRC]", help=f"Text to measure on: {o.SOURCES}. What a search may have seen of it is left out."
+        ),
+    ] = "",
+    reference: Annotated[
+        str | None,
+        o.run(metavar="MODEL", help="What KL is measured to; without it, a run's own model, or the first one given."),
+    ] = None,
     profile: Annotated[
         str | None,
-        o.levels(metavar="RUN_OR_FILE", help="A run folder, a profile.json, or a file in the official text format."),
+        o.levels(
+            metavar="RUN_OR_FILE",
+            help="Also measure the student of the one model given under a profile: that of a run folder, a "
+            "profile.json, or a file in the official text format.",
+        ),
     ] = None,
     banks: Annotated[
         list[str] | None,
         o.levels("--bank", metavar="BANK", help="The bank with the profile's levels; without it, the profile's own."),
     ] = None,
-    tokens: Annotated[int | None, o.data(help="Tokens of it to use.", min=2)] = None,
+    tokens: Annotated[int | None, o.data(help="Tokens of each text to use.", min=2)] = None,
     sequence_length: Annotated[
-        int | None, o.data(help="Tokens in a sequence: 2048, or the model's positions.", min=2)
+        int | None, o.data(help="Tokens in a sequence: 2048, or the models' positions.", min=2)
     ] = None,
+    tasks: Annotated[
+        str, o.tasks(metavar="LIST", help="Tasks of lm-eval, such as arc_easy,hellaswag; needs the extra eval.")
+    ] = "",
+    tasks_folder: Annotated[
+        Path | None, o.tasks(metavar="DIR", help="A folder with task files of your own, as lm-eval reads them.")
+    ] = None,
+    limit: Annotated[int | None, o.tasks(help="Questions of each task to ask; without it, all.", min=1)] = None,
+    batch_size: Annotated[int, o.tasks(help="Answers to measure at a time.", min=1, show_default=True)] = 8,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     trust_remote_code: o.TrustRemoteCode = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Measure a model, and its student under a profile: KL to the dense model, perplexity, top-1 agreement.
+    """Measure models and the students of runs side by side: perplexity, KL, top-1 agreement, size, zero-shot tasks.
+
+    The student of a run is made in memory, without writing it first.
 
     Examples:
 
-        discopt llm eval HuggingFaceTB/SmolLM2-135M --data wikitext2
+        discopt llm eval HuggingFaceTB/SmolLM2-135M runs/three runs/sparse --data wikitext2,c4
 
-        discopt llm eval ./my-model --profile runs/blocks --data notes.txt --tokens 8192 --json
+        discopt llm eval runs/three models/three.gguf --data notes.txt --tokens 8192 --json
+
+        discopt llm eval ./my-model runs/blocks --tasks arc_easy,hellaswag --limit 500
+
+        discopt llm eval ./my-model --profile configs/levels.txt --bank banks/smol --data wikitext2
     """
     need_llm()
-    with only_json_on_stdout(as_json), terminated_as_interrupted():
-        from discopt_llm.students import EvalRequest, evaluate_student
+    with only_json_on_stdout(), terminated_as_interrupted():
+        from discopt_llm.evaluation import EvalRequest
+        from discopt_llm.evaluation import evaluate as measure
+        from discopt_llm.evaluation_report import format_evaluation
 
-        request = EvalRequest(
-            model, data, profile, tuple(banks or ()), tokens, sequence_length, device, dtype, trust_remote_code
-        )
-        results = evaluate_student(request, quiet=quiet)
-    print_rows(results, as_json)
-
-
-@app.command("export")
-def export(
-    ctx: typer.Context,
-    run: o.RunArgument,
-    *,
-    to: Annotated[str, o.run(metavar="hf", help="The format: hf is a dense checkpoint.")],
-    out: Annotated[Path, o.run(metavar="PATH", help="Where to write it.")],
-    runtime: Annotated[
-        str | None, o.run("--for", metavar="NAME", help="Hold it to the rules of a runtime besides.")
-    ] = None,
-    banks: Annotated[
-        list[str] | None,
-        o.levels("--bank", metavar="BANK", help="The bank with the profile's levels; without it, the run's own."),
-    ] = None,
-    verify: Annotated[
-        bool, o.run("--verify/--no-verify", help="Load it back and compare logits.", show_default=True)
-    ] = True,
-    device: o.Device = "auto",
-    dtype: o.Dtype = "auto",
-    force: o.Force = False,
-    as_json: o.Json = False,
-) -> None:
-    """Write the student of a run in a format that other programs load, and prove it by loading it back.
-
-    hf: a Hugging Face checkpoint with dense weights that plain `from_pretrained` loads. Whole blocks that went are
-    left out; a sub-block that went alone stays with its output projection zeroed, since transformers has no models
-    with half a block.
-
-    Examples:
-
-        discopt llm export runs/blocks --to hf --out models/blocks
-
-        discopt llm export runs/smol --to hf --out models/smol --dtype bfloat16
-    """
-    need_llm()
-    with only_json_on_stdout(as_json), terminated_as_interrupted():
-        from discopt_llm.export.command import ExportRequest, export_run
-
-        written = export_run(checked(lambda: ExportRequest(**request_options(ExportRequest, ctx))))
-    typer.echo(json.dumps(written.to_dict()) if as_json else written.sentence)
+        changes = {"what": tuple(what), "data": parse_names(data), "tasks": parse_names(tasks)}
+        results = measure(checked(lambda: EvalRequest(**request_options(EvalRequest, ctx, **changes))), quiet=quiet)
+    typer.echo(json.dumps(results, ensure_ascii=False, allow_nan=False) if as_json else format_evaluation(results))
 
 
 app.command("compare")(compare)
+app.command("export")(export)
+app.command("report")(report)

@@ -25,14 +25,23 @@ def need_llm() -> None:
 
 
 def run_search(ctx: typer.Context, kind: type[SearchRequest], **changes: Any) -> None:
-    """Run the search that the options of a command ask for, and print its table."""
+    """Run the search that the options of a command ask for, or one for each of several budgets; print its table."""
     p = ctx.params
     with only_json_on_stdout(p["as_json"]), terminated_as_interrupted():
+        from discopt_llm.budget import MEASURES
+        from discopt_llm.ladder import LadderRequest, ladder
         from discopt_llm.search import begin
 
-        request = checked(lambda: kind(**request_options(kind, ctx, **changes)))
+        options = request_options(kind, ctx, **changes)
+        several = next((measure for measure in MEASURES if "," in str(options.get(measure))), None)
+        request: Any
+        run: Callable[..., dict[str, Any]]
+        if several is None:
+            request, run = checked(lambda: kind(**options)), begin
+        else:
+            request, run = checked(lambda: LadderRequest.of(kind, several, options)), ladder
         try:
-            results = begin(request, p["out"], force=p["force"], quiet=p["quiet"], say=say_unless(p["quiet"]))
+            results = run(request, p["out"], force=p["force"], quiet=p["quiet"], say=say_unless(p["quiet"]))
         except KeyboardInterrupt:  # before or after the search itself, which ends in results of its own
             if (p["out"] / "run.json").is_file():
                 interrupted(f"discopt resume {p['out']}")
@@ -79,28 +88,26 @@ def parse_blocks(text: str) -> tuple[int, ...]:
 
 
 def _finish_run(results: dict[str, Any], as_json: bool) -> None:
+    """Print the table of a run or a ladder, or all of the results as JSON, and what to do next."""
     from discopt.optimizers import StopReason
+    from discopt.report import format_rows
+    from discopt_llm.ladder_report import shown_ladder
+    from discopt_llm.report import shown_rows
 
-    print_rows(results, as_json)
-    folder = results["folder"]
+    folder, points = results["folder"], results.get("points")
+    if as_json:
+        typer.echo(json.dumps(results, ensure_ascii=False, allow_nan=False))
+    else:
+        typer.echo(format_rows((shown_rows if points is None else shown_ladder)(results["rows"])))
     if results["stop"] == StopReason.INTERRUPTED.value:
         interrupted(f"discopt resume {folder}")
     if not as_json:
-        typer.echo(f"\nreport: {folder}/report.md\nwrite the model: discopt llm export {folder} --to hf --out MODEL")
+        run = folder if points is None else f"{folder}/{points[-1]['folder']}"
+        report = f"{folder}/report.{'html' if points is None else 'md'}"
+        typer.echo(f"\nreport: {report}\nwrite the model: discopt llm export {run} --to hf --out MODEL")
 
 
 def interrupted(command: str) -> NoReturn:
     """Say how to go on, and end as after Ctrl-C."""
     typer.echo(f"interrupted; go on with: {command}", err=True)
     raise typer.Exit(INTERRUPTED)
-
-
-def print_rows(results: dict[str, Any], as_json: bool) -> None:
-    """The table, or all of the results as JSON."""
-    from discopt.report import format_rows
-    from discopt_llm.report import shown_rows
-
-    if as_json:
-        typer.echo(json.dumps(results, ensure_ascii=False, allow_nan=False))
-    else:
-        typer.echo(format_rows(shown_rows(results["rows"])))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, get_args
+
+import numpy as np
+from numpy.typing import NDArray
 
 from discopt.progress import task as progress_task
 from discopt.space import Levels as LevelNumbers
@@ -19,12 +22,13 @@ from discopt_llm.errors import ModelError
 from discopt_llm.evaluator import Evaluator
 from discopt_llm.fitness import fitness_by_name
 from discopt_llm.heldout import Method
+from discopt_llm.heuristics import Heuristics, Remembered
 from discopt_llm.models import LoadedModel
 from discopt_llm.presets import DROP_PRESETS, Preset, published_generations
 from discopt_llm.profile import Profile
 from discopt_llm.profile_text import text_from_decisions
 from discopt_llm.report import dropped_listing, plot_dropped
-from discopt_llm.search import STARTS, Heuristics, Prepared, Say, SearchRequest, Task, feasible_start, resume
+from discopt_llm.search import STARTS, Prepared, Say, SearchRequest, Task, feasible_start, resume
 from discopt_llm.students import read_drop_student
 
 _log = logging.getLogger(__name__)
@@ -71,6 +75,9 @@ class DropRequest(SearchRequest):
             profile = read_drop_student(self.chosen.start, loaded, unit=self.unit)[1]
             feasible_start(self.chosen.start, profile, space)
 
+    def spaces(self, loaded: LoadedModel, requests: Sequence[DropRequest]) -> list[SearchSpace]:
+        return [request._space(loaded) for request in requests]
+
     def task(self, loaded: LoadedModel, out: Path, *, quiet: bool, say: Say) -> DropTask:
         """The units to drop of this model."""
         return DropTask(self, loaded, DropLevels(loaded.anatomy, self.unit), self._space(loaded))
@@ -80,6 +87,15 @@ class DropRequest(SearchRequest):
             return drop_space(loaded.anatomy, self.sparsity, unit=self.unit, protect=self.protect)
         except ValueError as error:  # blocks to protect that this model does not have
             raise ModelError(f"{self.model}: {error}") from error
+
+
+def share_of(text: str) -> float:
+    """0.25 or 25% -> 0.25; raises ValueError for what is no number."""
+    number = text.strip().removesuffix("%")
+    try:
+        return float(number) / (100 if number != text.strip() else 1)
+    except ValueError:
+        raise ValueError(f"sparsity must be a share such as 0.25 or 25%, got {text[:100]!r}") from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +110,16 @@ class DropTask(Task):
     @property
     def title(self) -> str:
         return f"Depth pruning of {self.request.model}"
+
+    def at(self, request: DropRequest) -> DropTask:
+        (space,) = request.spaces(self.loaded, [request])
+        return replace(self, request=request, space=space)
+
+    def expected(self, heuristics: Heuristics, prepared: Prepared, *, quiet: bool) -> NDArray[np.float64]:
+        """Of dropping a unit, its influence."""
+        alike, _ = self._similarity(prepared, quiet=quiet)
+        dropped = baselines.influences(alike, self.levels)
+        return np.stack([dropped, np.zeros_like(dropped)], axis=1)
 
     def changes(self) -> dict[str, Any]:
         """The published number of generations follows from the number of blocks to drop."""
@@ -114,10 +140,7 @@ class DropTask(Task):
         random = self._random(prepared, evaluator, quiet=quiet)
         if not names and not competes:
             return Heuristics(random)
-        tokens = min(request.chosen.baseline_tokens, prepared.calibration.tokens)
-        sample = prepared.calibration.sample(tokens, request.seed)
-        with progress_task("heuristics", len(sample), unit="sequences", quiet=quiet) as progress:
-            alike = baselines.similarity(prepared.loaded, sample, done=progress.advance)
+        alike, tokens = self._similarity(prepared, quiet=quiet)
         methods = [*random]
         for name in names:
             try:
@@ -131,12 +154,26 @@ class DropTask(Task):
         references = tuple(method.profile for method in methods[len(random) :])
         return Heuristics(tuple(methods), tuple(rivals), tokens, references=references)
 
+    def _similarity(self, prepared: Prepared, *, quiet: bool) -> tuple[baselines.Similarity, int]:
+        """How alike the dense model's hidden states are, see `baselines.similarity`, and the tokens they are of."""
+        request = self.request
+        tokens = min(request.chosen.baseline_tokens, prepared.calibration.tokens)
+        sample = prepared.calibration.sample(tokens, request.seed)
+
+        def measure() -> baselines.Similarity:
+            with progress_task("heuristics", len(sample), unit="sequences", quiet=quiet) as progress:
+                return baselines.similarity(prepared.loaded, sample, done=progress.advance)
+
+        remembered = prepared.remembered or Remembered()
+        return remembered.of_text("similarity", sample, measure), tokens
+
     def _random(self, prepared: Prepared, evaluator: Evaluator, *, quiet: bool) -> tuple[Method, ...]:
         request, chosen = self.request, self.request.chosen
         if chosen.algorithm == "evopress" or "random" not in request.compared:
             return ()
         sample = prepared.calibration.sample(min(chosen.start_fidelity, prepared.calibration.tokens), request.seed)
-        measured = Measured(evaluator, sample, fitness_by_name(request.fitness), quiet=quiet)
+        fitness = fitness_by_name(request.fitness)
+        measured = Measured(evaluator, sample, fitness, quiet=quiet, remembered=prepared.remembered)
         profile, tokens = measured.random(self.space, chosen.start_candidates, request.seed)
         return (Method(request.known_baselines["random"], profile, tokens),)
 

@@ -34,12 +34,14 @@ from discopt_llm.calibration import Calibration, load_calibration
 from discopt_llm.errors import BankError, DataError, ModelError, ProfileError
 from discopt_llm.evaluator import TEACHER, Evaluator
 from discopt_llm.fitness import Fitness, fitness_by_name
-from discopt_llm.heldout import Method, StudentLevels, heldout_rows
+from discopt_llm.heldout import Method, StudentLevels, heldout_scores, score_rows
+from discopt_llm.heuristics import Heuristics, Remembered
 from discopt_llm.models import LoadedModel, load_model
 from discopt_llm.objective import CompressionObjective
 from discopt_llm.presets import Preset
 from discopt_llm.profile import Profile
 from discopt_llm.report import write_run
+from discopt_llm.report_record import samples_json
 
 __all__ = [
     "STARTS",
@@ -47,10 +49,14 @@ __all__ = [
     "Prepared",
     "SearchRequest",
     "Task",
+    "asked_of",
     "begin",
+    "check_began_with",
     "feasible_start",
+    "note_banks",
     "optimizer_of",
     "resume",
+    "search_in",
 ]
 
 # Where a search starts: as Algorithm 1 has it (uniform if that spends the budget, else random), from the best random
@@ -146,51 +152,21 @@ class SearchRequest(ABC):
         """Raise DiscoptError if this cannot be had of the model; before anything is made that takes long."""
 
     @abstractmethod
+    def spaces(self, loaded: LoadedModel, requests: Sequence[Any]) -> list[SearchSpace]:
+        """The profiles within the budgets of requests that differ from this one in that alone, from its levels.
+
+        Raises DiscoptError for a budget that cannot be met.
+        """
+
+    @abstractmethod
     def task(self, loaded: LoadedModel, out: Path, *, quiet: bool, say: Say) -> Task:
         """What is to be searched, with all that it needs; `out` is the run's folder."""
-
-
-@dataclass(frozen=True, eq=False)
-class Heuristics:
-    """Profiles that were found without the search."""
-
-    methods: tuple[Method, ...]  # rows of the table
-    rivals: tuple[LevelNumbers, ...] = ()  # those that compete for the start
-    tokens: int = 0  # that went into the rivals
-    start: LevelNumbers | None = None  # where the search begins; None: as the settings have it
-    references: tuple[LevelNumbers, ...] = ()  # those that the answer must not be worse than
-    prior: NDArray[np.float64] | None = None  # (n, m) what a level is thought to add to the loss; inf: not there
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {
-            "methods": [{"name": m.name, "profile": m.profile, "tokens": m.tokens} for m in self.methods],
-            "rivals": [*self.rivals],
-            "tokens": self.tokens,
-            "start": self.start,
-            "references": [*self.references],
-            "prior": self.prior,
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], space: SearchSpace) -> Self:
-        """The inverse of `to_dict`; raises RunFolderError for what are no profiles of the space."""
-        try:
-            return cls(
-                methods=tuple(Method(m["name"], space.check(m["profile"]), int(m["tokens"])) for m in data["methods"]),
-                rivals=tuple(space.check(rival) for rival in data["rivals"]),
-                tokens=int(data["tokens"]),
-                start=None if data["start"] is None else space.check(data["start"]),
-                references=tuple(space.check(reference) for reference in data["references"]),
-                prior=None if data["prior"] is None else np.array(data["prior"], dtype=np.float64),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise RunFolderError(f"heuristics.json is damaged: {error}; remove it to measure them again") from error
 
 
 class Task(ABC):
     """One kind of compression of one model, with its budget."""
 
+    request: SearchRequest
     levels: StudentLevels
     space: SearchSpace
 
@@ -198,6 +174,14 @@ class Task(ABC):
     def bank_fingerprints(self) -> tuple[str, ...]:
         """Of the banks that the levels come from."""
         return ()
+
+    @abstractmethod
+    def at(self, request: Any) -> Self:
+        """The same levels for a request with another budget; the task's request names all that was built for it."""
+
+    @abstractmethod
+    def expected(self, heuristics: Heuristics, prepared: Prepared, *, quiet: bool) -> NDArray[np.float64]:
+        """What each level of a unit is thought to add to the loss, (n, m), as far as the heuristics tell."""
 
     @property
     @abstractmethod
@@ -254,6 +238,7 @@ class Prepared:
     calibration: Calibration
     heldout: Calibration
     reserved: Calibration | None = None  # text for the final choice, which the search never sees
+    remembered: Remembered | None = None  # what heuristics have measured, where searches share it
 
     @classmethod
     def load(cls, request: SearchRequest, say: Say) -> Self:
@@ -302,7 +287,19 @@ def begin(request: SearchRequest, out: Path, *, force: bool, quiet: bool, say: S
     """Run a search from its start; returns what results.json holds. The run folder is made once all is loaded."""
     RunFolder.check_free(out, force=force)
     prepared = Prepared.load(request, say)
-    asked = {
+    folder = RunFolder.create(out, asked_of(prepared), force=force)
+    try:
+        task = _task(prepared, folder, quiet=quiet, say=say)
+    except (BankError, BudgetError, DataError, ProfileError):
+        folder.discard()  # to go on with it would fail in the same way
+        raise
+    return search_in(folder, prepared, task, Evaluator(prepared.loaded, task.levels), quiet=quiet, going_on=False)
+
+
+def asked_of(prepared: Prepared) -> dict[str, Any]:
+    """What run.json says of a search."""
+    request = prepared.request
+    return {
         "command": request.command,
         "options": asdict(request),
         "seed": request.seed,
@@ -311,13 +308,6 @@ def begin(request: SearchRequest, out: Path, *, force: bool, quiet: bool, say: S
         "calibration": prepared.calibration.fingerprint,
         "versions": {name: distribution_version(name) for name in ("torch", "transformers")},
     }
-    folder = RunFolder.create(out, asked, force=force)
-    try:
-        task = _task(prepared, folder, quiet=quiet, say=say)
-    except (BankError, BudgetError, DataError, ProfileError):
-        folder.discard()  # to go on with it would fail in the same way
-        raise
-    return _search(prepared, task, folder, quiet=quiet, going_on=False)
 
 
 def resume(kind: type[SearchRequest], folder: RunFolder, *, quiet: bool, say: Say = _log.warning) -> dict[str, Any]:
@@ -335,14 +325,20 @@ def resume(kind: type[SearchRequest], folder: RunFolder, *, quiet: bool, say: Sa
             return results
     tell = _silent if quiet else say
     prepared = Prepared.load(request, tell)
+    check_began_with(prepared, folder)
+    folder.remove_leftovers()
+    task = _task(prepared, folder, quiet=quiet, say=tell)
+    return search_in(folder, prepared, task, Evaluator(prepared.loaded, task.levels), quiet=quiet, going_on=True)
+
+
+def check_began_with(prepared: Prepared, folder: RunFolder) -> None:
+    """Raise RunFolderError unless the run in the folder began with this model and this text."""
     for what, began, now in (
         ("model", folder.request["model"]["fingerprint"], prepared.loaded.fingerprint),
         ("calibration text", folder.request["calibration"], prepared.calibration.fingerprint),
     ):
         if began != now:
             raise RunFolderError(f"the {what} is not the one that {folder.path} began with; start a new run")
-    folder.remove_leftovers()
-    return _search(prepared, _task(prepared, folder, quiet=quiet, say=tell), folder, quiet=quiet, going_on=True)
 
 
 def _silent(line: str) -> None:
@@ -367,12 +363,17 @@ def _task(prepared: Prepared, folder: RunFolder, *, quiet: bool, say: Say) -> Ta
     request = prepared.request
     task = request.task(prepared.loaded, folder.path, quiet=quiet, say=say)
     _given_start(request, task)
+    note_banks(task, folder)
+    return task
+
+
+def note_banks(task: Task, folder: RunFolder) -> None:
+    """Write down which banks a run takes its levels from; RunFolderError if it began with others."""
     banks = list(task.bank_fingerprints)
     if folder.request.get("banks", banks) != banks:
         raise RunFolderError(f"the bank is not the one that {folder.path} began with; start a new run")
     if banks:
         folder.update_request(banks=banks)
-    return task
 
 
 def _given_start(request: SearchRequest, task: Task) -> LevelNumbers | None:
@@ -381,10 +382,22 @@ def _given_start(request: SearchRequest, task: Task) -> LevelNumbers | None:
     return None if start in STARTS else feasible_start(start, task.read(start), task.space)
 
 
-def _search(prepared: Prepared, task: Task, folder: RunFolder, *, quiet: bool, going_on: bool) -> dict[str, Any]:
+def search_in(
+    folder: RunFolder,
+    prepared: Prepared,
+    task: Task,
+    evaluator: Evaluator,
+    *,
+    quiet: bool,
+    going_on: bool,
+    label: str = "search",
+) -> dict[str, Any]:
+    """Search in a run folder, from its checkpoint and its heuristics if it goes on and has them; `label` names it.
+
+    Returns what results.json holds.
+    """
     request = prepared.request
     given = _given_start(request, task)
-    evaluator = Evaluator(prepared.loaded, task.levels)
     if going_on and folder.has("heuristics.json"):
         heuristics = Heuristics.from_dict(folder.read_json("heuristics.json"), task.space)
     else:
@@ -392,7 +405,7 @@ def _search(prepared: Prepared, task: Task, folder: RunFolder, *, quiet: bool, g
         folder.write_json("heuristics.json", heuristics.to_dict())
     optimizer = optimizer_of(prepared, task, heuristics, given)
     objective = prepared.objective(evaluator)
-    with ProgressBar(unit="tokens", label="search", quiet=quiet) as bar:
+    with ProgressBar(unit="tokens", label=label, quiet=quiet) as bar:
         result = minimize(
             objective,
             task.space,
@@ -405,7 +418,10 @@ def _search(prepared: Prepared, task: Task, folder: RunFolder, *, quiet: bool, g
     rows: list[dict[str, Any]] = []
     if result.stop is not StopReason.INTERRUPTED:
         methods = _methods(prepared, task, heuristics, result)
-        rows = heldout_rows(evaluator, task.levels, methods, prepared.heldout, quiet=quiet)
+        profiles = np.stack([method.profile for method in methods])
+        scores = heldout_scores(evaluator, profiles, prepared.heldout, quiet=quiet)
+        rows = score_rows(scores, evaluator.model, task.levels, methods)
+        folder.write_text("heldout.json", samples_json([m.name for m in methods], scores.kl, scores.nll))
     choice = _choice(optimizer, heuristics) if isinstance(optimizer, Learning) else []
     return write_run(prepared, task, result, rows, folder, choice)
 
@@ -421,7 +437,7 @@ def feasible_start(path: str, profile: LevelNumbers, space: SearchSpace) -> Leve
 def _choice(optimizer: Learning, heuristics: Heuristics) -> list[dict[str, Any]]:
     """The final choice, best first: `method`, `loss`, its `difference` to the chosen one and the `standard_error`."""
     names: dict[bytes, list[str]] = {}
-    for method in heuristics.methods:
+    for method in (*heuristics.methods, *heuristics.neighbours):
         names.setdefault(method.profile.tobytes(), []).append(method.name)
     return [
         {
@@ -455,9 +471,10 @@ def optimizer_of(
         start=None if start is None else _numbers(start),
     )
     assert prepared.reserved is not None
+    references = (*heuristics.references, *(method.profile for method in heuristics.neighbours))
     learning = LearningSettings(
         rivals=settings.rivals,
-        references=tuple(map(_numbers, heuristics.references)),
+        references=tuple(map(_numbers, references)),
         prior=heuristics.prior,
         first=settings.stages[0].fidelity,
         choice=prepared.reserved.tokens,
@@ -470,15 +487,16 @@ def _settings(
     request: SearchRequest, task: Task, heuristics: Heuristics, given: LevelNumbers | None
 ) -> EvoPressSettings:
     changes = task.changes()
+    rivals = [method.profile for method in heuristics.neighbours]
     if given is not None:
-        return request.settings(**changes, start=_numbers(given))
-    if request.chosen.start == "heuristics":
+        changes["start"] = _numbers(given)
+    elif request.chosen.start == "heuristics":
         if heuristics.start is not None:
             changes["start"] = _numbers(heuristics.start)
-        changes["rivals"] = tuple(map(_numbers, heuristics.rivals))
+        rivals = [*heuristics.rivals, *rivals]
     elif request.chosen.start == "random":
         changes["start"] = "random"
-    return request.settings(**changes)
+    return request.settings(**changes, rivals=tuple(map(_numbers, rivals)))
 
 
 def _numbers(profile: LevelNumbers) -> tuple[int, ...]:
@@ -495,4 +513,5 @@ def _methods(prepared: Prepared, task: Task, heuristics: Heuristics, result: Res
         spent = request.chosen.start_candidates * result.start.fidelity
         methods.append(Method(random, result.start.profile, spent))
     guided = heuristics.tokens if request.chosen.start == "heuristics" else 0
-    return [*methods, *heuristics.methods, Method("evolved", result.profile, result.total_fidelity + guided)]
+    methods += [*heuristics.methods, *heuristics.neighbours]
+    return [*methods, Method("evolved", result.profile, result.total_fidelity + guided)]

@@ -76,7 +76,7 @@ def test_eval_measures_a_run(model_folder: Path, run_folder: Path) -> None:
     words = ["eval", model_folder, "--data", "builtin", "--tokens", 64, "--sequence-length", 32]
     result = call(*words, "--profile", run_folder, "--json")
     rows = json.loads(result.stdout)["rows"]
-    assert [row["method"] for row in rows] == ["dense", str(run_folder)]
+    assert [row["model"] for row in rows] == [str(model_folder), str(run_folder)]
     assert rows[1]["kl"] == pytest.approx(json.loads((run_folder / "results.json").read_text())["rows"][-1]["kl"])
     assert "perplexity" in call(*words).stdout
 

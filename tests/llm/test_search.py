@@ -20,13 +20,14 @@ from discopt import RunFolder, RunFolderError, StopReason, minimize
 from discopt_llm.anatomy import skipped_
 from discopt_llm.drop_search import DropRequest, resume_drop
 from discopt_llm.errors import DataError, ModelError, ProfileError
+from discopt_llm.evaluation import EvalRequest, evaluate
 from discopt_llm.evaluator import Evaluator
 from discopt_llm.export.command import ExportRequest, export_run
 from discopt_llm.fitness import KL
 from discopt_llm.models import load_model
 from discopt_llm.objective import CompressionObjective
 from discopt_llm.search import Prepared
-from discopt_llm.students import EvalRequest, evaluate_student, read_student
+from discopt_llm.students import read_student
 from tests.llm.families import tiny, tiny_tokenizer
 from tests.llm.reference import PlainObjective
 from tests.llm.searches import RUN_FILES, run
@@ -193,12 +194,14 @@ def test_eval_measures_what_the_run_reported(request_: DropRequest, tmp_path: Pa
     prepared = Prepared.load(request_, lambda line: None)
     held_out = tmp_path / "heldout.txt"
     held_out.write_text(prepared.loaded.tokenizer.decode(prepared.heldout.sequences.flatten()))
-    asked = EvalRequest(request_.model, str(held_out), profile=str(tmp_path / "run"), tokens=128, sequence_length=32)
-    dense, evolved = evaluate_student(asked, quiet=True)["rows"]
+    asked = EvalRequest(
+        what=(request_.model,), data=(str(held_out),), profile=str(tmp_path / "run"), tokens=128, sequence_length=32
+    )
+    dense, evolved = evaluate(asked, quiet=True)["rows"]
     assert dense["kl"] == pytest.approx(0, abs=1e-6)
     assert evolved["kl"] == pytest.approx(results["rows"][-1]["kl"], rel=1e-5)
     assert evolved["perplexity"] == pytest.approx(results["rows"][-1]["perplexity"], rel=1e-5)
-    by_text = evaluate_student(replace(asked, profile=str(tmp_path / "run" / "profile.txt")), quiet=True)
+    by_text = evaluate(replace(asked, profile=str(tmp_path / "run" / "profile.txt")), quiet=True)
     assert by_text["rows"][1]["kl"] == evolved["kl"]
 
 
