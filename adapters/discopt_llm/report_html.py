@@ -92,13 +92,18 @@ def _summary(record: RunRecord, rows: Mapping[str, Measured]) -> Markup:
             ("perplexity", f"{found.perplexity.mean:.4g}", before),
             ("same likeliest token", "-" if agreement is None else f"{agreement:.1%}", "as the dense model"),
             ("size", size_words(found.row["bytes"]), size),
+            ("tokens spent", format_count(found.row["tokens"]), "with those of heuristics"),
         ]
     cards += [
-        ("tokens spent", format_count(results["total_fidelity"]), f"by {results['evaluations']:,} candidates"),
-        ("time", format_seconds(results["seconds"]), f"{results['generations']:,} generations"),
+        ("time", format_seconds(results["seconds"]), _generations(results)),
     ]
     listed = tag("ul", (tag("li", *_card(*card)) for card in cards), class_="cards")
     return join(tag("p", _answer(record, rows)), listed, *_unfinished(record))
+
+
+def _generations(results: Mapping[str, Any]) -> str:
+    number = results["generations"]
+    return f"{number:,} generation{'' if number == 1 else 's'}"
 
 
 def _card(what: str, much: str, more: str) -> Iterator[Markup]:
@@ -231,7 +236,7 @@ def interval_cell(interval: Interval) -> Markup:
 def _search(record: RunRecord) -> Iterator[Markup]:
     results = record.results
     spent = (
-        f"{results['generations']:,} generations, {results['evaluations']:,} candidates, "
+        f"{_generations(results)}, {results['evaluations']:,} candidates, "
         f"{results['total_fidelity']:,} tokens and {format_seconds(results['seconds'])}; it ended because "
         f"{results['stop']}. The last loss is {format_loss(results['loss'])}, on {results['fidelity']:,} tokens."
     )
