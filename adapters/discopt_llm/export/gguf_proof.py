@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from discopt_llm.export.proof import UnfitError, unfit_if
 from discopt_llm.export.student import StudentModel
 from discopt_llm.ggml_native import INSTALL, PACKAGE
 from discopt_llm.models import LoadedModel, ModelFiles
-from discopt_llm.replay import skipped_, weights_replaced_
+from discopt_llm.students import student_
 
 __all__ = ["Expected", "proved"]
 
@@ -76,12 +75,7 @@ class Expected:
         loaded = student.loaded
         length = min(TOKENS, context - 1)
         text = load_calibration(TEXT, loaded.tokenizer, sequence_length=length, tokens=length, role="heldout")
-        weights = student.weights
-        parts = zip(loaded.anatomy.sub_blocks, student.dropped.flat, strict=True)
-        with ExitStack() as stack:
-            for name, (layer, _) in student.placed.items():  # by their owners, which know a tied one by one name
-                stack.enter_context(weights_replaced_(layer.owner, {layer.attribute: weights[name]}))
-            stack.enter_context(skipped_([part for part, gone in parts if gone]))
+        with student_(student.levels, student.profile):
             return cls(loaded, text.sequences[:1], _logits(loaded.model, text.sequences[:1]))
 
     @property
