@@ -45,7 +45,9 @@ def test_every_type_is_read_back_exactly(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["Llama", "Mixtral", "Qwen3Moe", "Gemma2", "Phi3", "GPT2", "GPTNeoX"])
 def test_mixed_types_are_read_by_llama_cpp_in_every_layout(family: str, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
-    assert "llama.cpp" in write(levelled(loaded(family), "Q8_0", "Q5_1", "Q5_0"), tmp_path / "a.gguf")
+    # With all experts at work no rounding sends a token of these random models to another one.
+    everyone = model(family, num_experts_per_tok=4) if family in ("Mixtral", "Qwen3Moe") else loaded(family)
+    assert "llama.cpp" in write(levelled(everyone, "Q8_0", "Q5_1", "Q5_0"), tmp_path / "a.gguf")
 
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"])

@@ -31,7 +31,7 @@ from discopt_llm.export.proof import UnfitError, unfit_if
 from discopt_llm.export.student import StudentModel
 from discopt_llm.ggml_native import INSTALL, PACKAGE
 from discopt_llm.models import LoadedModel, ModelFiles
-from discopt_llm.students import student_
+from discopt_llm.replay import skipped_, weights_replaced_
 
 __all__ = ["Expected", "proved"]
 
@@ -75,7 +75,9 @@ class Expected:
         loaded = student.loaded
         length = min(TOKENS, context - 1)
         text = load_calibration(TEXT, loaded.tokenizer, sequence_length=length, tokens=length, role="heldout")
-        with student_(student.levels, student.profile):
+        parts = zip(loaded.anatomy.sub_blocks, student.dropped.flat, strict=True)
+        gone = [part for part, is_gone in parts if is_gone]
+        with weights_replaced_(loaded.model, student.weights), skipped_(gone):
             return cls(loaded, text.sequences[:1], _logits(loaded.model, text.sequences[:1]))
 
     @property
