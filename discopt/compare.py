@@ -10,7 +10,6 @@ import contextlib
 import fnmatch
 import hashlib
 import json
-import logging
 import math
 import multiprocessing
 import os
@@ -42,6 +41,7 @@ from discopt.encoding import plain
 from discopt.errors import DiscoptError, RunFolderError
 from discopt.folder import DISTRIBUTION, RunFolder, distribution_version, write_atomic
 from discopt.loading import split_target
+from discopt.plots import is_drawn
 from discopt.progress import task as progress_of
 from discopt.report import option_words
 
@@ -51,8 +51,6 @@ PICTURES = ("curves.png", "targets.png", "running-time.png", "ranks.png")
 FILES = (RUNS, "report.json", "comparison.json", *PICTURES)
 DEFAULTS = ("learning", "evopress")  # the first that takes part is what the others are tested against
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -315,15 +313,8 @@ def _write(request: CompareRequest, comparison: Comparison, folder: RunFolder) -
         **summarise(comparison),
         "folder": str(folder.path),
     }
-    pictures: Sequence[str] = PICTURES
-    try:
-        plot_comparison(comparison, folder.path, pictures)
-    except RunFolderError:
-        raise
-    except DiscoptError as error:
-        _log.info("no pictures: %s", error)
-        pictures = ()
+    drawn = is_drawn(lambda: plot_comparison(comparison, folder.path, PICTURES))
     folder.write_json("comparison.json", numbers(comparison))
-    folder.write_text("report.md", markdown_report(results, pictures))
+    folder.write_text("report.md", markdown_report(results, PICTURES if drawn else ()))
     folder.write_json("report.json", results)
     return results

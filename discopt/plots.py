@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from discopt.errors import DiscoptError
+from discopt.errors import DiscoptError, RunFolderError
 from discopt.folder import write_atomic
 from discopt.progress import format_count
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 INK, MUTED, GRID = "#1f2937", "#6b7280", "#e5e7eb"
 BEST = "#0f766e"
 STAGES = ("#64748b", "#3b82f6", "#f59e0b", "#ec4899")  # the first, second, ... stage; the last repeats
+
+_log = logging.getLogger(__name__)
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -43,6 +46,18 @@ def style_axes(axes: Axes) -> None:
     axes.tick_params(colors=MUTED, labelsize=9)
     for label in (axes.xaxis.label, axes.yaxis.label, axes.title):
         label.set_color(INK)
+
+
+def is_drawn(plot: Callable[[], object]) -> bool:
+    """Whether a picture could be drawn, which takes matplotlib; a place that cannot be written is an error still."""
+    try:
+        plot()
+    except RunFolderError:
+        raise
+    except DiscoptError as error:
+        _log.info("no picture: %s", error)
+        return False
+    return True
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:

@@ -16,7 +16,7 @@ from discopt.errors import DiscoptError, ObjectiveError, RunFolderError
 from discopt.folder import RunFolder, request_of
 from discopt.loading import Loaded, explain, load_problem, split_target
 from discopt.optimizers import ALGORITHMS, EvoPress, EvoPressSettings, Plan, Stage, StopReason
-from discopt.plots import plot_trace
+from discopt.plots import is_drawn, plot_trace
 from discopt.progress import ProgressBar
 from discopt.report import option_words, profile_lines, solve_report
 from discopt.run import Limits, Result, minimize
@@ -289,14 +289,8 @@ def _draw(request: SolveRequest, loaded: Loaded, result: Result, folder: RunFold
     """Whether there is a picture of the trace: not without matplotlib, nor if nothing finite was measured."""
     if not any(line["best"] is not None for line in result.trace):
         return False
-    try:
-        plot_trace(result.trace, folder.path / "trace.png", unit=_unit(request), title=loaded.problem.name)
-    except RunFolderError:
-        raise
-    except DiscoptError as error:
-        _log.info("no picture: %s", error)
-        return False
-    return True
+    path, title = folder.path / "trace.png", loaded.problem.name
+    return is_drawn(lambda: plot_trace(result.trace, path, unit=_unit(request), title=title))
 
 
 def _unit(request: SolveRequest) -> str:

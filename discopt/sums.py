@@ -58,16 +58,18 @@ class Sums:
 
     def learn(self, parent: Levels, loss: float, children: Levels, losses: Floats) -> None:
         """Take in what a parent (n,) and its children (k, n) lost, among them perhaps the probe."""
-        if self._proofs is None:
+        if self._proofs is None or not self.open:
             return
-        if self._union is not None:
-            profile, expected, close = self._union
+        union, self._union = self._union, None
+        if union is not None:
+            profile, expected, close = union
             for measured in losses[(children == profile).all(axis=1)]:
-                self._proofs = self._proofs + 1 if abs(measured - expected) <= close else None
-                if self._proofs is None:
-                    self._union = None
+                if abs(measured - expected) > close:
+                    self._proofs = None
                     return
-        self._union = self._united(parent, loss, children, losses)
+                self._proofs += 1
+        if self.open:
+            self._union = self._united(parent, loss, children, losses)
 
     def draws(self, profiles: Levels, losses: Floats, count: int, rng: np.random.Generator) -> Levels:
         """The best profiles of a sum that these (k, n) with losses (k,) leave possible, likeliest first: (count, n).

@@ -26,6 +26,7 @@ from discopt_llm.evaluator import Evaluator
 from discopt_llm.fitness import fitness_by_name
 from discopt_llm.genome import GROUPS, Genome, Tables, model_genome
 from discopt_llm.heldout import Method
+from discopt_llm.heuristics import Heuristics
 from discopt_llm.layers import GGUF, layers_for
 from discopt_llm.levels import BankLevels
 from discopt_llm.models import LoadedModel
@@ -33,7 +34,8 @@ from discopt_llm.presets import QUANTIZATION_PRESETS, SPARSITY_PRESETS, Preset
 from discopt_llm.profile import BankReference, Profile
 from discopt_llm.profile_text import labels_from_levels, text_from_labels
 from discopt_llm.report import levels_listing, met_words, plot_levels
-from discopt_llm.search import STARTS, Heuristics, Prepared, Say, SearchRequest, Task, feasible_start, resume
+from discopt_llm.request import STARTS, Prepared, Say, SearchRequest, Task
+from discopt_llm.search import feasible_start, resume
 from discopt_llm.students import open_banks, read_bank_student
 
 DROP = "drop"

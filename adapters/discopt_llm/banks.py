@@ -21,7 +21,7 @@ from discopt_llm.layers import Layer, layers_for
 from discopt_llm.models import LoadedModel, load_model
 from discopt_llm.quantization import QuantizationSettings
 from discopt_llm.recipes import GgmlRecipe, QuantizationRecipe, Recipe, SparsityRecipe
-from discopt_llm.search import sequence_length
+from discopt_llm.request import sequence_length
 from discopt_llm.sparsity import SparsitySettings
 
 __all__ = [

@@ -14,7 +14,7 @@ from discopt.console import INTERRUPTED, checked, only_json_on_stdout, terminate
 from discopt.errors import DiscoptError
 
 if TYPE_CHECKING:
-    from discopt_llm.search import SearchRequest
+    from discopt_llm.request import SearchRequest
 
 
 def need_llm() -> None:

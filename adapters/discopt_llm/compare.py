@@ -28,7 +28,7 @@ from discopt_llm.errors import BankError, DataError, ModelError, ProfileError
 from discopt_llm.evaluator import Evaluator
 from discopt_llm.heldout import Method, heldout_scores, score_rows
 from discopt_llm.methods import DENSE, METHODS, TASKS, Context, Found, Point
-from discopt_llm.search import Prepared, SearchRequest
+from discopt_llm.request import Prepared, SearchRequest
 
 __all__ = ["CompareRequest", "compare", "resume_compare"]
 

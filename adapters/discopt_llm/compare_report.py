@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from discopt.errors import DiscoptError, RunFolderError
 from discopt.folder import RunFolder
-from discopt.plots import BEST, INK, MUTED, STAGES, new_figure, save_figure, style_axes
+from discopt.plots import BEST, INK, MUTED, STAGES, is_drawn, new_figure, save_figure, style_axes
 from discopt.report import markdown_rows
 from discopt_llm.heldout import standard_error
 from discopt_llm.methods import DENSE, METHODS, OURS, REFERENCES, Context
@@ -25,8 +23,6 @@ CONFIDENCE = 0.95
 PAPER = "evopress"
 _MEASURED = ("kl", "kl_error", "perplexity", "agreement", "tokens", "bytes", "seconds")
 _COLORS = {OURS: BEST, PAPER: STAGES[2]}
-_log = logging.getLogger(__name__)
-
 Record = Mapping[str, Any]
 
 
@@ -304,14 +300,7 @@ def _draw(records: Sequence[Record], folder: RunFolder) -> bool:
     """Whether there is a picture: not without a search, nor without matplotlib."""
     if not any(point["tokens"] > 0 and point["kl"] is not None for record in records for point in record["curve"]):
         return False
-    try:
-        plot_curves(records, folder.path / PICTURE)
-    except RunFolderError:
-        raise
-    except DiscoptError as error:
-        _log.info("no picture: %s", error)
-        return False
-    return True
+    return is_drawn(lambda: plot_curves(records, folder.path / PICTURE))
 
 
 def plot_curves(records: Sequence[Record], path: Path) -> None:

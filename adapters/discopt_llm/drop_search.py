@@ -28,7 +28,8 @@ from discopt_llm.presets import DROP_PRESETS, Preset, published_generations
 from discopt_llm.profile import Profile
 from discopt_llm.profile_text import text_from_decisions
 from discopt_llm.report import dropped_listing, plot_dropped
-from discopt_llm.search import STARTS, Prepared, Say, SearchRequest, Task, feasible_start, resume
+from discopt_llm.request import STARTS, Prepared, Say, SearchRequest, Task
+from discopt_llm.search import feasible_start, resume
 from discopt_llm.students import read_drop_student
 
 _log = logging.getLogger(__name__)

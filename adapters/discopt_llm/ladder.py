@@ -39,18 +39,8 @@ from discopt_llm.evaluator import Evaluator
 from discopt_llm.heldout import Method
 from discopt_llm.heuristics import Heuristics, Remembered
 from discopt_llm.ladder_report import PICTURE, write_ladder
-from discopt_llm.search import (
-    STARTS,
-    Prepared,
-    Say,
-    SearchRequest,
-    Task,
-    asked_of,
-    check_began_with,
-    feasible_start,
-    note_banks,
-    search_in,
-)
+from discopt_llm.request import STARTS, Prepared, Say, SearchRequest, Task
+from discopt_llm.search import asked_of, check_began_with, feasible_start, note_banks, search_in
 
 __all__ = ["LadderRequest", "Rung", "ladder", "raised", "resume_ladder"]
 

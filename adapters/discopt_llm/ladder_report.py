@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from discopt.errors import DiscoptError, RunFolderError
 from discopt.folder import RunFolder
 from discopt.optimizers.base import StopReason
-from discopt.plots import BEST, INK, MUTED, new_figure, save_figure, style_axes
+from discopt.plots import BEST, INK, MUTED, is_drawn, new_figure, save_figure, style_axes
 from discopt.report import markdown_rows
 
 __all__ = ["PICTURE", "plot_ladder", "shown_ladder", "write_ladder"]
@@ -22,8 +20,6 @@ DECADE = 10  # of losses, from which on their axis is logarithmic
 DONE = "done"  # why a ladder stopped that was not interrupted
 REFERENCES = ("uniform", "shortgpt")  # the baseline with columns of its own: the first that a search knows
 _OF_STUDENT = ("bytes", "kl", "kl_error", "perplexity", "agreement")
-_log = logging.getLogger(__name__)
-
 Record = Mapping[str, Any]
 
 
@@ -193,14 +189,7 @@ def _draw(points: Sequence[Record], folder: RunFolder) -> bool:
     """Whether there is a picture: not without a finite loss, nor without matplotlib."""
     if not any(point["found"]["kl"] is not None for point in points):
         return False
-    try:
-        plot_ladder(points, folder.path / PICTURE)
-    except RunFolderError:
-        raise
-    except DiscoptError as error:
-        _log.info("no picture: %s", error)
-        return False
-    return True
+    return is_drawn(lambda: plot_ladder(points, folder.path / PICTURE))
 
 
 def plot_ladder(points: Sequence[Record], path: Path) -> None:

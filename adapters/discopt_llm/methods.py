@@ -29,7 +29,8 @@ from discopt_llm.errors import ModelError
 from discopt_llm.evaluator import TEACHER, Evaluator
 from discopt_llm.fitness import Fitness, Perplexity, fitness_by_name
 from discopt_llm.greedy import greedy_descent
-from discopt_llm.search import Prepared, optimizer_of
+from discopt_llm.request import Prepared
+from discopt_llm.search import optimizer_of
 
 __all__ = ["DENSE", "METHODS", "OURS", "REFERENCES", "TASKS", "Contender", "Context", "Found", "Point"]
 

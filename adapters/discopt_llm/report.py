@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from discopt.errors import DiscoptError, RunFolderError
 from discopt.folder import RunFolder
-from discopt.plots import new_figure, plot_trace, save_figure, style_axes
+from discopt.plots import is_drawn, new_figure, plot_trace, save_figure, style_axes
 from discopt.progress import format_loss
 from discopt.report import markdown_rows
 from discopt.run import Result
@@ -27,7 +25,7 @@ from discopt_llm.report_units import Units, form_words, short_names
 from discopt_llm.report_words import fitness_words, size_words
 
 if TYPE_CHECKING:
-    from discopt_llm.search import Prepared, Task
+    from discopt_llm.request import Prepared, Task
 
 KEPT, DEAREST, DROPPED = "#e2e8f0", "#3b82c4", "#dc6b6b"
 _PICTURE_WORDS = {
@@ -38,7 +36,6 @@ _PICTURE_WORDS = {
 }
 _SPARSE = "sparse"
 _STATISTICS: dict[str, Callable[[NDArray[np.float64]], float]] = {"least": np.min, "mean": np.mean, "most": np.max}
-_log = logging.getLogger(__name__)
 
 
 def write_run(
@@ -99,19 +96,12 @@ def _settings(prepared: Prepared) -> dict[str, Any]:
 
 def _draw(prepared: Prepared, task: Task, result: Result, folder: RunFolder) -> list[str]:
     """The pictures that could be drawn: none without matplotlib."""
-    drawn = []
-    try:
-        if any(line["best"] is not None for line in result.trace):
-            loss = fitness_words(prepared.request.fitness)
-            plot_trace(result.trace, folder.path / "trace.png", unit="tokens", loss=loss)
-            drawn.append("trace.png")
-        task.draw(result.profile, folder.path / "units.png")
-        drawn.append("units.png")
-    except RunFolderError:
-        raise
-    except DiscoptError as error:
-        _log.info("no pictures: %s", error)
-    return drawn
+    trace, units = folder.path / "trace.png", folder.path / "units.png"
+    loss = fitness_words(prepared.request.fitness)
+    plots: dict[str, Callable[[], object]] = {units.name: lambda: task.draw(result.profile, units)}
+    if any(line["best"] is not None for line in result.trace):
+        plots = {trace.name: lambda: plot_trace(result.trace, trace, unit="tokens", loss=loss), **plots}
+    return [name for name, plot in plots.items() if is_drawn(plot)]
 
 
 def plot_dropped(dropped: NDArray[np.bool_], path: Path) -> None:

@@ -286,11 +286,11 @@ class Learning:
 
     def _propose(self, count: int) -> Levels:
         """New candidates, (at most count, n)."""
-        if self.exact and self._sums.proven and not self._sums.solved and len(solved := self._solve(count)):
+        if self._sums.proven and not self._sums.solved and len(solved := self._solve(count)):
             self._sources = np.full(len(solved), UNSOURCED, dtype=np.int8)
         else:
             solved = self._mix(count)
-        probe = self._sums.probe[: count - 1 if self.exact and self._sums.open else 0]
+        probe = self._sums.probe[: count - 1]
         probe = probe[self._archive.new(probe)]
         self._archive.remember(probe)
         kept = solved[: count - len(probe)]

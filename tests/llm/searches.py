@@ -11,7 +11,8 @@ from typing import Any
 from discopt_llm.bank_search import BankSearchRequest
 from discopt_llm.profile import read_profile
 from discopt_llm.profile_text import LayerLabels
-from discopt_llm.search import SearchRequest, begin
+from discopt_llm.request import SearchRequest
+from discopt_llm.search import begin
 
 RUN_FILES = {
     "run.json",

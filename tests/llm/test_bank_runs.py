@@ -24,7 +24,7 @@ from discopt_llm.banks import BankRequest, make_bank
 from discopt_llm.errors import BankError, ProfileError
 from discopt_llm.evaluation import EvalRequest, evaluate
 from discopt_llm.models import load_model
-from discopt_llm.search import Prepared
+from discopt_llm.request import Prepared
 from discopt_llm.students import read_student
 from tests.llm.families import tiny, tiny_tokenizer
 from tests.llm.searches import compared, contents, run, snapshot

@@ -17,7 +17,7 @@ from discopt_llm.compare import LEAST_GENERATIONS, POINTS, CompareRequest, compa
 from discopt_llm.compare_report import best_method, guarantee, paired, reached, rows_of, summarised
 from discopt_llm.drop import DropLevels
 from discopt_llm.methods import METHODS, TASKS, Contender, Context, Found, Point
-from discopt_llm.search import Prepared
+from discopt_llm.request import Prepared
 from tests.llm.reference import kl, negative_log_likelihood, plain_losses
 from tests.llm.searches import snapshot
 

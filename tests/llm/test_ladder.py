@@ -31,7 +31,7 @@ from discopt_llm.ladder import LadderRequest, ladder, raised, resume_ladder
 from discopt_llm.ladder_report import shown_ladder
 from discopt_llm.models import load_model
 from discopt_llm.objective import CompressionObjective
-from discopt_llm.search import SearchRequest
+from discopt_llm.request import SearchRequest
 from discopt_llm.students import read_student
 from tests.llm.commands import STAGES, call, refusal
 from tests.llm.searches import RUN_FILES, contents, snapshot

@@ -14,7 +14,7 @@ from discopt_llm.bank_search import QuantizeRequest, resume_compress, resume_qua
 from discopt_llm.calibration import Calibration
 from discopt_llm.drop_search import DropRequest, resume_drop
 from discopt_llm.errors import DataError
-from discopt_llm.search import Prepared, SearchRequest
+from discopt_llm.request import Prepared, SearchRequest
 from tests.llm.searches import run
 
 KINDS = {

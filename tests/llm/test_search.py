@@ -26,7 +26,7 @@ from discopt_llm.export.command import ExportRequest, export_run
 from discopt_llm.fitness import KL
 from discopt_llm.models import load_model
 from discopt_llm.objective import CompressionObjective
-from discopt_llm.search import Prepared
+from discopt_llm.request import Prepared
 from discopt_llm.students import read_student
 from tests.llm.families import tiny, tiny_tokenizer
 from tests.llm.reference import PlainObjective

@@ -74,15 +74,7 @@ class Format:
 
 
 def _hf(student: StudentModel, request: ExportRequest) -> Exported:
-    return hf.write_checkpoint(
-        student.loaded,
-        student.dropped,
-        request.out,
-        replaced=student.weights,
-        what=student.what and f"{student.what}, stored dense",
-        force=request.force,
-        verify=request.verify,
-    )
+    return hf.write_student(student, request.out, force=request.force, verify=request.verify)
 
 
 def _packed(student: StudentModel, request: ExportRequest) -> Exported:

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 
 from discopt_llm.errors import ModelError
-from discopt_llm.export.hf import CheckpointSummary, write_checkpoint
+from discopt_llm.export.hf import CheckpointSummary, write_student
 from discopt_llm.export.plan import Plan
 from discopt_llm.export.proof import Student, UnfitError, unfit_if
 from discopt_llm.export.student import StudentModel
@@ -53,16 +53,7 @@ def write_deci(student: StudentModel, out: Path, *, force: bool = False, verify:
     Other weights that it has are stored dense. Raises as `write_checkpoint`.
     """
     refuse(student.loaded.model.config)
-    return write_checkpoint(
-        student.loaded,
-        student.dropped,
-        out,
-        replaced=student.weights,
-        what=student.what and f"{student.what}, stored dense",
-        layout=_Deci(),
-        force=force,
-        verify=verify,
-    )
+    return write_student(student, out, layout=_Deci(), force=force, verify=verify)
 
 
 class _Deci:

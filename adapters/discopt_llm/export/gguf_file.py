@@ -32,6 +32,7 @@ from discopt_llm.export.gguf_proof import proved
 from discopt_llm.export.gguf_prune import pruned
 from discopt_llm.export.proof import UnfitError
 from discopt_llm.export.student import DROP, StudentModel
+from discopt_llm.layers import GGUF
 from discopt_llm.models import LoadedModel, gguf_file_of
 
 __all__ = ["GgufSummary", "contents_of", "write_gguf"]
@@ -40,7 +41,6 @@ FORMAT = "discopt-gguf"
 VERSION = 1
 NOTE = "discopt.format"  # the field whose value FORMAT says that the file is ours to replace
 SUFFIX = ".gguf"
-LEVELS = "gguf"  # the kind of bank whose levels a file can hold
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def write_gguf(
     Raises ModelError for a model or for levels that no such file can hold, and where a reader answers otherwise than
     the searched student; then the file is kept as NAME.gguf.unverified. RunFolderError if the place cannot be had.
     """
-    if student.kind not in (DROP, LEVELS):
+    if student.kind not in (DROP, GGUF):
         raise ModelError(
             f"no GGUF type holds levels of {student.kind} exactly; search a bank of --kind gguf, or export to hf or "
             "compressed-tensors"

@@ -32,10 +32,11 @@ from discopt_llm.errors import ModelError
 from discopt_llm.export.folder import check_target, new_folder, set_aside, size
 from discopt_llm.export.plan import Plan, count, plans
 from discopt_llm.export.proof import Student, UnfitError, unfit_if, without_bars
+from discopt_llm.export.student import StudentModel
 from discopt_llm.models import LoadedModel
 from discopt_llm.replay import weights_replaced_
 
-__all__ = ["CheckpointSummary", "Dense", "Layout", "write_checkpoint"]
+__all__ = ["CheckpointSummary", "Dense", "Layout", "write_checkpoint", "write_student"]
 
 FORMAT = "discopt-hf"
 VERSION = 1
@@ -123,6 +124,28 @@ class CheckpointSummary:
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON has it."""
         return {**asdict(self), "path": str(self.path), "remarks": list(self.remarks)}
+
+
+def write_student(
+    student: StudentModel,
+    out: str | os.PathLike[str],
+    *,
+    stored: str = "stored dense",
+    layout: Layout | None = None,
+    force: bool = False,
+    verify: bool = True,
+) -> CheckpointSummary:
+    """Write a student by `write_checkpoint`; `stored` says for the reader how its weights lie in the files."""
+    return write_checkpoint(
+        student.loaded,
+        student.dropped,
+        out,
+        replaced=student.weights,
+        what=student.what and f"{student.what}, {stored}",
+        layout=layout,
+        force=force,
+        verify=verify,
+    )
 
 
 def write_checkpoint(

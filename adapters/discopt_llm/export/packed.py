@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from discopt_llm.errors import ModelError
-from discopt_llm.export.hf import CheckpointSummary, write_checkpoint
+from discopt_llm.export.hf import CheckpointSummary, write_student
 from discopt_llm.export.plan import Plan, count
 from discopt_llm.export.proof import Student, UnfitError, unfit_if
 from discopt_llm.export.schemes import (
@@ -87,16 +87,7 @@ def write_packed(
     if runtime is not None and broken:
         reasons = [*(rule.what for rule in broken), search_options(broken)]
         raise ModelError(f"vLLM would not run this student: {'; '.join(filter(None, reasons))}")
-    return write_checkpoint(
-        student.loaded,
-        student.dropped,
-        out,
-        replaced=student.weights,
-        what=student.what and f"{student.what}, packed",
-        layout=packed,
-        force=force,
-        verify=verify,
-    )
+    return write_student(student, out, stored="packed", layout=packed, force=force, verify=verify)
 
 
 @dataclass(frozen=True, eq=False)
