@@ -19,7 +19,7 @@ from discopt.progress import task
 from discopt.separable import solve_separable
 from discopt.space import Levels, SearchSpace
 from discopt_llm.bank import Bank
-from discopt_llm.evaluator import TEACHER, Evaluator
+from discopt_llm.evaluator import TEACHER, Measurer
 from discopt_llm.fitness import Fitness
 from discopt_llm.genome import Genome
 from discopt_llm.heuristics import Remembered
@@ -110,7 +110,7 @@ def _block_outliers(bank: Bank, multiple: str) -> NDArray[np.float64]:
 class Measured:
     """What takes measuring: losses of profiles on one sample of text."""
 
-    evaluator: Evaluator
+    evaluator: Measurer
     sample: Sequence[Tensor]
     fitness: Fitness
     quiet: bool = False

@@ -22,7 +22,7 @@ from discopt_llm.banks import METHODS, OPTIONS, BankRequest, bank_plan, bank_wor
 from discopt_llm.budget import Budget
 from discopt_llm.build import build_bank
 from discopt_llm.errors import BankError
-from discopt_llm.evaluator import Evaluator
+from discopt_llm.evaluator import Measurer
 from discopt_llm.fitness import fitness_by_name
 from discopt_llm.genome import GROUPS, Genome, Tables, model_genome
 from discopt_llm.heldout import Method
@@ -341,7 +341,7 @@ class BankTask(Task):
     def read(self, path: str) -> LevelNumbers:
         return read_bank_student(path, self.loaded, self.genome)
 
-    def heuristics(self, prepared: Prepared, evaluator: Evaluator, *, quiet: bool) -> Heuristics:
+    def heuristics(self, prepared: Prepared, evaluator: Measurer, *, quiet: bool) -> Heuristics:
         """Uniform and the additive ones; the best of several random profiles, and of OWL's grid, by measurement."""
         request, space, genome = self.request, self.space, self.genome
         chosen = request.chosen

@@ -19,7 +19,7 @@ from discopt_llm import baselines
 from discopt_llm.allocation import Measured
 from discopt_llm.drop import DropLevels, Unit, blocks_to_drop, drop_space
 from discopt_llm.errors import ModelError
-from discopt_llm.evaluator import Evaluator
+from discopt_llm.evaluator import Measurer
 from discopt_llm.fitness import fitness_by_name
 from discopt_llm.heldout import Method
 from discopt_llm.heuristics import Heuristics, Remembered
@@ -133,7 +133,7 @@ class DropTask(Task):
     def read(self, path: str) -> LevelNumbers:
         return read_drop_student(path, self.loaded, unit=self.levels.unit)[1]
 
-    def heuristics(self, prepared: Prepared, evaluator: Evaluator, *, quiet: bool) -> Heuristics:
+    def heuristics(self, prepared: Prepared, evaluator: Measurer, *, quiet: bool) -> Heuristics:
         """What scores of the dense model's hidden states give; the best random profile, unless the search has it."""
         request, levels, space = self.request, self.levels, self.space
         names = [name for name in _SCORED if name in request.compared]
@@ -168,7 +168,7 @@ class DropTask(Task):
         remembered = prepared.remembered or Remembered()
         return remembered.of_text("similarity", sample, measure), tokens
 
-    def _random(self, prepared: Prepared, evaluator: Evaluator, *, quiet: bool) -> tuple[Method, ...]:
+    def _random(self, prepared: Prepared, evaluator: Measurer, *, quiet: bool) -> tuple[Method, ...]:
         request, chosen = self.request, self.request.chosen
         if chosen.algorithm == "evopress" or "random" not in request.compared:
             return ()

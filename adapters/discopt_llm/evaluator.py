@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -27,9 +27,11 @@ from discopt_llm.fitness import Fitness, Logits
 from discopt_llm.layers import EMBEDDING
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from discopt_llm.models import LoadedModel
 
-__all__ = ["TEACHER", "Counts", "Evaluator", "Levels", "Row", "total_memory"]
+__all__ = ["TEACHER", "Counts", "Evaluator", "Levels", "Measurer", "Row", "total_memory"]
 
 # More tokens in one call of a block make its matrix products no faster; on a CPU its activations leave the cache.
 TOKENS_PER_CALL = {"cpu": 1024, "cuda": 16384}
@@ -37,6 +39,19 @@ TOKENS_PER_CALL = {"cpu": 1024, "cuda": 16384}
 LOGIT_BYTES = {"cpu": 3 * 2**23, "cuda": 2**28}
 MOST_ON_CPU = 2**32  # bytes; more than this for hidden states saves no time there
 UNKNOWN_MEMORY = 2**33  # bytes that a host is taken to have if its system does not say
+
+
+class Measurer(Protocol):
+    """What measures populations of students: an `Evaluator`, or several in other processes."""
+
+    model: PreTrainedModel
+    counts: Counts  # of all measurements so far
+
+    def measure(
+        self, population: NDArray[np.integer], sequences: Sequence[Tensor], fitnesses: Sequence[Fitness]
+    ) -> list[NDArray[np.float64]]:
+        """See `Evaluator.measure`."""
+        ...
 
 
 class Evaluator:

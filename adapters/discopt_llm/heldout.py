@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from discopt.progress import task
 from discopt.space import Levels as LevelNumbers
 from discopt_llm.calibration import Calibration
-from discopt_llm.evaluator import Evaluator, Levels
+from discopt_llm.evaluator import Levels, Measurer
 from discopt_llm.fitness import KL, Disagreement, Fitness, Perplexity
 
 BATCH = 2  # sequences measured between two steps of the progress bar
@@ -74,7 +74,7 @@ def standard_error(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def heldout_scores(
-    evaluator: Evaluator, population: LevelNumbers, heldout: Calibration, *, quiet: bool = False
+    evaluator: Measurer, population: LevelNumbers, heldout: Calibration, *, quiet: bool = False
 ) -> HeldoutScores:
     """Measure profiles (k, n) on all of the held-out text."""
     with task("held-out text", len(heldout.sequences), unit="sequences", quiet=quiet) as progress:
@@ -96,7 +96,7 @@ def gather_scores(measure: Measure, heldout: Calibration, *, advance: Callable[[
 
 
 def heldout_rows(
-    evaluator: Evaluator, levels: StudentLevels, methods: Sequence[Method], heldout: Calibration, *, quiet: bool = False
+    evaluator: Measurer, levels: StudentLevels, methods: Sequence[Method], heldout: Calibration, *, quiet: bool = False
 ) -> list[dict[str, Any]]:
     """A table row for every method, measured on held-out text; see `score_rows`."""
     population = np.stack([method.profile for method in methods])

@@ -26,7 +26,7 @@ from discopt_llm.bank_search import BankTask
 from discopt_llm.drop import DropLevels
 from discopt_llm.drop_search import DropTask
 from discopt_llm.errors import ModelError
-from discopt_llm.evaluator import TEACHER, Evaluator
+from discopt_llm.evaluator import TEACHER, Measurer
 from discopt_llm.fitness import Fitness, Perplexity, fitness_by_name
 from discopt_llm.greedy import greedy_descent
 from discopt_llm.request import Prepared
@@ -67,7 +67,7 @@ class Context:
 
     prepared: Prepared
     task: DropTask | BankTask
-    evaluator: Evaluator
+    evaluator: Measurer
     quiet: bool = False
 
     @property

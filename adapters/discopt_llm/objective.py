@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from discopt.objective import Losses, Query
 from discopt_llm.calibration import Calibration
-from discopt_llm.evaluator import Evaluator
+from discopt_llm.evaluator import Measurer
 from discopt_llm.fitness import Fitness
 
 __all__ = ["CompressionObjective"]
@@ -19,7 +19,7 @@ class CompressionObjective:
     Fresh queries are answered from `reserved` text, where there is some.
     """
 
-    evaluator: Evaluator
+    evaluator: Measurer
     calibration: Calibration
     fitness: Fitness
     reserved: Calibration | None = None

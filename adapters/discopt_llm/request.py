@@ -20,7 +20,7 @@ from discopt.space import Levels as LevelNumbers
 from discopt.space import SearchSpace
 from discopt_llm.calibration import Calibration, load_calibration
 from discopt_llm.errors import DataError, ModelError
-from discopt_llm.evaluator import Evaluator
+from discopt_llm.evaluator import Measurer
 from discopt_llm.fitness import Fitness, fitness_by_name
 from discopt_llm.heldout import StudentLevels
 from discopt_llm.heuristics import Heuristics, Remembered
@@ -164,7 +164,7 @@ class Task(ABC):
         """The profile (n,) in a file or run folder; raises ProfileError if it is none of this model's."""
 
     @abstractmethod
-    def heuristics(self, prepared: Prepared, evaluator: Evaluator, *, quiet: bool) -> Heuristics:
+    def heuristics(self, prepared: Prepared, evaluator: Measurer, *, quiet: bool) -> Heuristics:
         """The baselines that were asked for, and what competes for the start."""
 
     @abstractmethod
@@ -247,7 +247,7 @@ class Prepared:
             )
         return cls(request, loaded, calibration, heldout, reserved)
 
-    def objective(self, evaluator: Evaluator, fitness: Fitness | None = None) -> CompressionObjective:
+    def objective(self, evaluator: Measurer, fitness: Fitness | None = None) -> CompressionObjective:
         """The loss to search on: the request's fitness, or another."""
         return CompressionObjective(
             evaluator, self.calibration, fitness or fitness_by_name(self.request.fitness), self.reserved

@@ -26,7 +26,7 @@ from discopt.run import Limits, Result, minimize
 from discopt.space import Levels as LevelNumbers
 from discopt.space import SearchSpace
 from discopt_llm.errors import BankError, DataError, ProfileError
-from discopt_llm.evaluator import TEACHER, Evaluator
+from discopt_llm.evaluator import TEACHER, Evaluator, Measurer
 from discopt_llm.heldout import Method, heldout_scores, score_rows
 from discopt_llm.heuristics import Heuristics
 from discopt_llm.report import write_run
@@ -137,7 +137,7 @@ def search_in(
     folder: RunFolder,
     prepared: Prepared,
     task: Task,
-    evaluator: Evaluator,
+    evaluator: Measurer,
     *,
     quiet: bool,
     going_on: bool,
