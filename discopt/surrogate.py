@@ -33,19 +33,20 @@ class Covariance:
     parameter: float
 
     def __call__(self, s: NDArray[np.floating]) -> NDArray[np.floating]:
-        if self.name == "pairs":
+        if self.name == PAIRS:
             return s * (1 + self.parameter * s)
         return np.exp((s - 1) / self.parameter)
 
     def slope(self, s: NDArray[np.floating]) -> NDArray[np.floating]:
-        if self.name == "pairs":
+        if self.name == PAIRS:
             return 1 + 2 * self.parameter * s
         return np.exp((s - 1) / self.parameter) / self.parameter
 
 
+PAIRS, PRODUCT = "pairs", "product"
 COVARIANCES = (
-    *(Covariance("pairs", r) for r in (0.0, 0.3, 1.0, 3.0, 10.0)),
-    *(Covariance("product", theta) for theta in (0.05, 0.15, 0.4)),
+    *(Covariance(PAIRS, r) for r in (0.0, 0.3, 1.0, 3.0, 10.0)),
+    *(Covariance(PRODUCT, theta) for theta in (0.05, 0.15, 0.4)),
 )
 SPREADS = np.array([0.0, 1.0, 0.5, 2.0])  # of the draws in turn, over the temperature
 SLACK = 0.3  # standard deviation of what the model may be wrong by, over a loss's distance from the best

@@ -34,12 +34,12 @@ from discopt.optimizers.plan import Plan
 from discopt.racing import Race
 from discopt.space import Levels, SearchSpace
 from discopt.sums import ROWS, Sums
-from discopt.surrogate import Shape, Surrogate, best_shape
+from discopt.surrogate import PRODUCT, Shape, Surrogate, best_shape
 
 RUNNERS_UP = 1  # of the final choice
 SOURCES = ("descent", "crossover", "switch", "merge")
 UNSOURCED = -1  # a random profile, where the sources know nothing new
-FIRST = 8  # candidates of the first generations, enough to tell whether the loss is a sum
+FIRST = 8  # candidates of the first generations, enough to tell whether the loss is a sum, and where it is rugged
 DRAWS = 4  # candidates of a generation where the loss is a sum
 REFIT = 1.5  # times as many measurements after which the model's shape is looked for again
 _START, _SEARCH, _CHOICE = "start", "search", "choice"  # what a query is for
@@ -70,6 +70,7 @@ class Learning:
         self._radius = min(self.settings.radius, space.n)
         self._switches = 3.0
         self._worth = dict.fromkeys(SOURCES, 0.5)
+        self._flat = 0.0  # share of the latest candidates that lost exactly as much as the incumbent
         self._sources: NDArray[np.int8] = np.empty(0, dtype=np.int8)  # of the candidates, the incumbent without
         self._siblings: Levels = np.empty((0, space.n), dtype=np.int16)  # a parent, and its children that beat it
         self._level = 0.0  # what the incumbent is thought to lose, where measurements are noisy
@@ -190,6 +191,7 @@ class Learning:
         for number, source in enumerate(SOURCES):
             if (own := self._sources[: len(worthy)] == number).any():
                 self._worth[source] += 0.2 * (float(worthy[own].mean()) - self._worth[source])
+        self._flat += 0.2 * (float((lost == 0).mean()) - self._flat)
         self._radius = min(1.3 * self._radius, self.space.n) if improved else max(0.95 * self._radius, 2.0)
         switched = self._sources[: len(lost)] == SOURCES.index("switch")
         if switched.any():
@@ -232,8 +234,9 @@ class Learning:
 
     @property
     def _batch(self) -> int:
-        """Exact measurements are best learned from a few at a time, until there are many."""
-        small = FIRST if self._sums.open and self._spent < FIRST**2 else self.settings.small
+        """Exact measurements are best learned from a few at a time, until there are many, or the loss is rugged."""
+        rugged = self._shape is not None and self._shape[1].covariance.name == PRODUCT
+        small = FIRST if rugged or (self._sums.open and self._spent < FIRST**2) else self.settings.small
         return min(self.plan.batch, max(small, self._spent // 256))
 
     def _rounds(self) -> tuple[int, ...]:
@@ -286,7 +289,10 @@ class Learning:
 
     def _propose(self, count: int) -> Levels:
         """New candidates, (at most count, n)."""
-        if self._sums.proven and not self._sums.solved and len(solved := self._solve(count)):
+        # Draws explore; while there are fewer measurements than effects, every other generation makes the best of them.
+        effects = self.space.n * (self.space.m - 1)
+        drawing = self.generation % 2 == 0 or len(self._archive.losses) >= effects
+        if self._sums.proven and not self._sums.solved and drawing and len(solved := self._solve(count)):
             self._sources = np.full(len(solved), UNSOURCED, dtype=np.int8)
         else:
             solved = self._mix(count)
@@ -312,7 +318,8 @@ class Learning:
         rng, archive, space = self._rng, self._archive, self.space
         elite = self._elite.profiles
         incumbent = elite[0] if self.exact and len(elite) else self._best.profile
-        model = self._model()
+        # On a plateau a model has nothing to tell candidates apart by, and would stay where it is.
+        model = self._model() if rng.random() >= self._flat else None
         shares = self._shares(count, model is not None)
         found: list[Levels] = []
         sources: list[int] = []
@@ -399,6 +406,7 @@ class Learning:
         "_radius",
         "_switches",
         "_worth",
+        "_flat",
         "_level",
         "_noise",
         "_spent",
