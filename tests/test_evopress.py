@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -218,6 +219,7 @@ def test_the_state_of_another_space_is_refused() -> None:
         ({"start": "best"}, "got 'best'"),
         ({"start_fidelity": 0}, "got 0"),
         ({"switches": (0, 0)}, r"got \(0, 0\)"),
+        ({"switches": (1, math.nan)}, "got .*nan"),
         ({"rule": "over"}, "got 'over'"),
     ],
 )
@@ -235,7 +237,7 @@ def test_a_start_that_does_not_fit_is_refused() -> None:
         EvoPress(odd, EvoPressSettings(start="uniform"))
 
 
-@pytest.mark.parametrize("text", ["8", "8@", "@2", "a@b", "8@2@1", "0@4", "-1@4"])
+@pytest.mark.parametrize("text", ["8", "8@", "@2", "a@b", "8@2@1", "0@4", "-1@4", "8@" + "9" * 5000])
 def test_a_stage_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="got"):
         Stage.parse(text)

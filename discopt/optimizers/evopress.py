@@ -47,8 +47,8 @@ class Stage:
     def parse(cls, text: str) -> Self:
         """The stage written as SURVIVORS@FIDELITY, such as 8@2048."""
         parts = text.split("@")
-        if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
-            raise ValueError(f"a stage is written SURVIVORS@FIDELITY, such as 8@2048, got {text!r}")
+        if len(parts) != 2 or not all(part.strip().isdecimal() and len(part) < 20 for part in parts):
+            raise ValueError(f"a stage is written SURVIVORS@FIDELITY, such as 8@2048, got {text[:100]!r}")
         return cls(int(parts[0]), int(parts[1]))
 
     def __str__(self) -> str:
@@ -97,7 +97,7 @@ class EvoPressSettings:
             raise ValueError(f"fidelity must not fall from stage to stage, got {self.describe_stages()}")
         if isinstance(self.start, str) and self.start not in ("auto", "uniform", "random"):
             raise ValueError(f"start must be auto, uniform, random or a profile, got {self.start!r}")
-        if not self.switches or min(self.switches) < 0 or sum(self.switches) <= 0:
+        if not all(0 <= weight < math.inf for weight in self.switches) or sum(self.switches) <= 0:
             raise ValueError(f"switches must be weights, not negative and not all 0, got {self.switches}")
         if self.rule not in RULES:
             raise ValueError(f"rule must be within, across or exchange, got {self.rule!r}")
