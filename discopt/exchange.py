@@ -68,6 +68,9 @@ class _Trade:
             self._lowered[made, moves] = True
             stuck, made, moves = self._move(stuck, None, up=False)
             self._lowered[made, moves] = True
+            # With several resources, a step that frees nothing of the one that is missing may lead to one that does.
+            stuck, made, moves = self._move(stuck, None, up=False, free=True)
+            self._lowered[made, moves] = True
             if len(stuck):  # not from a feasible parent: there the cheapest profile is below the budget
                 raise ValueError(f"parents must be feasible, got one that costs {-self.left[stuck[0]].min()} too much")
 

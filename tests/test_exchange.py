@@ -120,6 +120,15 @@ def test_a_unit_no_budget_can_pay_for_is_not_tried() -> None:
     assert ((rows != parent).sum(axis=1) <= 2).all()
 
 
+def test_a_step_that_frees_nothing_may_lead_to_one_that_does() -> None:
+    space = SearchSpace.build(np.tile([[[0, 1, 2]], [[0, 1, 1]]], (1, 3, 1)), [6, 2])
+    over = np.full((20, 3), 2, dtype=np.int16)
+    slack = space.budget - space.cost_of(over)
+    rows = exchange(over, slack, np.zeros(20, int), space, np.random.default_rng(0))
+    assert space.feasible(rows).all()
+    assert (np.sort(rows, axis=1) == [0, 2, 2]).all()
+
+
 def test_parents_over_the_budget_are_refused() -> None:
     space = SearchSpace.build(np.tile([1, 2], (4, 1)), 4, group="none")
     moves = np.ones(1, dtype=int)

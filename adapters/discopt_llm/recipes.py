@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from discopt.space import MAX_LEVELS
 from discopt_llm import ggml
 from discopt_llm.bank import BankLayer, Form, Ggml, Sparse, ggml_costs, quantized_costs, sparse_costs
 from discopt_llm.errors import BankError
@@ -123,8 +124,10 @@ class SparsityRecipe:
     def __post_init__(self) -> None:
         if not 0 < self.target < 1:
             raise ValueError(f"target must be above 0 and below 1, got {self.target}")
-        if self.levels < 1 or self.levels % 2 == 0:
-            raise ValueError(f"levels must be an odd number, so that one lies at the target, got {self.levels}")
+        if not 1 <= self.levels <= MAX_LEVELS or self.levels % 2 == 0:
+            raise ValueError(
+                f"levels must be an odd number up to {MAX_LEVELS:,}, so that one lies at the target, got {self.levels}"
+            )
         if self.step < 1:
             raise ValueError(f"step must be at least 1 weight, got {self.step}")
         if self.values not in (torch.float16, torch.bfloat16):
