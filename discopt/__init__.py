@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from discopt.errors import BudgetError, DiscoptError, ObjectiveError, RunFolderError
+    from discopt.errors import BudgetError, DiscoptError, ObjectiveError, RunFolderError, WorkersError
+    from discopt.executors import SpreadObjective, WorkersObjective
     from discopt.folder import RunFolder
     from discopt.objective import Objective, Query, as_objective
     from discopt.optimizers import (
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from discopt.run import Limits, Progress, Result, minimize
     from discopt.separable import solve_separable
     from discopt.space import SearchSpace
+    from discopt.workers import Workers, WorkersAt
 
 __all__ = [
     "Additive",
@@ -60,15 +62,21 @@ __all__ = [
     "RunFolder",
     "RunFolderError",
     "SearchSpace",
+    "SpreadObjective",
     "Stage",
     "StopReason",
+    "Workers",
+    "WorkersAt",
+    "WorkersError",
+    "WorkersObjective",
     "as_objective",
     "minimize",
     "solve_separable",
 ]
 
 _HOMES = {
-    "errors": "BudgetError DiscoptError ObjectiveError RunFolderError",
+    "errors": "BudgetError DiscoptError ObjectiveError RunFolderError WorkersError",
+    "executors": "SpreadObjective WorkersObjective",
     "folder": "RunFolder",
     "objective": "Objective Query as_objective",
     "optimizers": "Additive Annealing EvoPress EvoPressSettings Exhaustive Genetic HillClimbing Learning "
@@ -77,6 +85,7 @@ _HOMES = {
     "run": "Limits Progress Result minimize",
     "separable": "solve_separable",
     "space": "SearchSpace",
+    "workers": "Workers WorkersAt",
 }
 
 

@@ -2,7 +2,9 @@
 
 A package adds a command by an entry point of the group `discopt.commands`: the command's name = a typer app. So that
 `discopt resume` can go on with its runs, it adds one of the group `discopt.resume`: what run.json calls the command
-= a function `(folder: RunFolder, *, quiet: bool) -> dict`, which goes on and returns what results.json holds.
+= a function `(folder: RunFolder, *, quiet: bool, **means) -> dict`, which goes on and returns what results.json holds.
+`means` has the options of `discopt resume` that say what to compute with, where they were given: workers,
+worker_seconds, memory, host_memory.
 
 Exit codes: 0 done, 1 a DiscoptError (one line on standard error), 2 a wrong option, 130 interrupted.
 """
@@ -18,6 +20,34 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from discopt.cli_options import (
+    Algorithm,
+    Force,
+    Generations,
+    HostMemory,
+    Json,
+    MaxEvaluations,
+    MaxFidelity,
+    MaxSeconds,
+    Memory,
+    Offspring,
+    Out,
+    Parents,
+    Quiet,
+    Rule,
+    RunPath,
+    Seed,
+    Spread,
+    Stages,
+    Stagnation,
+    Start,
+    StartCandidates,
+    StartFidelity,
+    Switches,
+    Target,
+    TargetLoss,
+    WorkerSeconds,
+)
 from discopt.compare_cli import compare_command
 from discopt.console import INTERRUPTED, checked, only_json_on_stdout, terminated_as_interrupted
 from discopt.errors import DiscoptError
@@ -92,92 +122,6 @@ def discopt(
     """
 
 
-def _option(*names: str, panel: str, **settings: Any) -> Any:
-    """An option in a panel of --help."""
-    return typer.Option(*names, rich_help_panel=panel, **settings)
-
-
-def _search(help: str, **settings: Any) -> Any:
-    return _option(panel="The search", help=help, **settings)
-
-
-def _stop(help: str, **settings: Any) -> Any:
-    return _option(panel="When to stop early", help=help, show_default=False, **settings)
-
-
-def _run(*names: str, help: str, **settings: Any) -> Any:
-    return _option(*names, panel="The run", help=help, show_default=False, **settings)
-
-
-Target = Annotated[
-    str,
-    typer.Argument(
-        metavar="FILE.py:NAME",
-        help="A discopt.problems.Problem, or a function without arguments that returns one; also module:NAME.",
-    ),
-]
-Generations = Annotated[int, _search("Generations to run.", metavar="N", min=0)]
-Offspring = Annotated[int, _search("Candidates in a generation.", metavar="N", min=1)]
-Parents = Annotated[int, _search("Profiles that live on.", metavar="N", min=1)]
-Stages = Annotated[
-    list[str] | None,
-    _search(
-        "A stage of selection; once for each. Without any: one stage at fidelity 1.",
-        metavar="SURVIVORS@FIDELITY",
-        show_default=False,
-    ),
-]
-Start = Annotated[
-    str,
-    _search(
-        "Start from the same level everywhere, from the best of random profiles, from the one of the two that spends "
-        "the budget, or from a profile.json.",
-        metavar="auto|uniform|random|FILE.json",
-    ),
-]
-StartCandidates = Annotated[int, _search("Random profiles to choose the start from.", metavar="N", min=1)]
-StartFidelity = Annotated[
-    int | None,
-    _search("Fidelity to choose it at. Without it: the first stage's.", metavar="N", min=1, show_default=False),
-]
-Switches = Annotated[str, _search("Weights of 1, 2, ... level switches in a mutation.", metavar="W1,W2,...")]
-Rule = Annotated[
-    str,
-    _search(
-        "Switch levels within groups of equal cost, or across; or exchange budget between units and spend all of it.",
-        metavar="within|across|exchange",
-    ),
-]
-Algorithm = Annotated[
-    str | None,
-    _search(
-        "learning, evopress-1, additive, annealing, exhaustive, genetic, hill-climbing or random, which measure as "
-        "many profiles as the generations have offspring; or evopress, which hears all options of this panel. Without "
-        "it: evopress where an option is given that it alone hears, else learning.",
-        metavar="NAME",
-        show_default=False,
-    ),
-]
-Seed = Annotated[int, _search("Same seed, same run.", metavar="N", min=0)]
-
-MaxEvaluations = Annotated[int | None, _stop("Profiles measured.", metavar="N", min=1)]
-MaxFidelity = Annotated[int | None, _stop("Total fidelity spent.", metavar="N", min=1)]
-MaxSeconds = Annotated[float | None, _stop("Wall time, all parts of a resumed run together.", metavar="SECONDS")]
-TargetLoss = Annotated[float | None, _stop("A loss that is good enough.", metavar="LOSS")]
-Stagnation = Annotated[int | None, _stop("Generations without a better profile.", metavar="N", min=1)]
-
-RunPath = Annotated[
-    Path, typer.Argument(metavar="RUN", help="The folder of a run that was stopped or killed.", show_default=False)
-]
-Out = Annotated[
-    Path | None,
-    _run(metavar="RUN", help="Keep the run in this folder, so that it can be resumed. Without it: nothing is kept."),
-]
-Force = Annotated[bool, _run("--force", help="Replace the run in that folder.")]
-Json = Annotated[bool, _run("--json", help="Print one JSON object, and nothing else.")]
-Quiet = Annotated[bool, _run("--quiet", "-q", help="Show no progress.")]
-
-
 @app.command()
 def solve(
     target: Target,
@@ -197,6 +141,8 @@ def solve(
     max_seconds: MaxSeconds = None,
     target_loss: TargetLoss = None,
     stagnation: Stagnation = None,
+    workers: Spread = None,
+    worker_seconds: WorkerSeconds = None,
     out: Out = None,
     force: Force = False,
     as_json: Json = False,
@@ -211,6 +157,8 @@ def solve(
         discopt solve own.py:knapsack --offspring 64 --stage 8@100 --stage 1@1000 --out runs/own
 
         discopt solve own.py:knapsack --max-seconds 60 --json > best.json
+
+        discopt solve own.py:knapsack --workers 4 --worker-seconds 60
     """
     from discopt.solve import SolveRequest, begin, read_start
 
@@ -236,9 +184,11 @@ def solve(
                 target_loss=target_loss,
                 stagnation=stagnation,
                 seed=seed,
+                workers=workers,
+                worker_seconds=worker_seconds,
             )
         )
-        results = begin(request, out, force=force, quiet=quiet, directory=Path.cwd())
+        results = begin(request, out, force=force, quiet=quiet, directory=Path.cwd(), say=_say)
     _finish(results, as_json)
 
 
@@ -250,6 +200,10 @@ def resume(
     max_seconds: MaxSeconds = None,
     target_loss: TargetLoss = None,
     stagnation: Stagnation = None,
+    workers: Spread = None,
+    worker_seconds: WorkerSeconds = None,
+    memory: Memory = None,
+    host_memory: HostMemory = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -257,7 +211,8 @@ def resume(
 
     It ends as the undisturbed run would have. A finished run prints its result again.
 
-    A limit that ended a run of `discopt solve` is lifted, or replaced by the one given here.
+    A limit that ended a run of `discopt solve` is lifted, or replaced by the one given here. Workers and memory may be
+    others than before.
 
     Examples:
 
@@ -266,6 +221,7 @@ def resume(
         discopt resume runs/own --max-seconds 600 --json
     """
     from discopt.folder import RunFolder
+    from discopt.workers import WorkersAt
 
     limits = {
         "max_evaluations": max_evaluations,
@@ -274,31 +230,48 @@ def resume(
         "target_loss": target_loss,
         "stagnation": stagnation,
     }
-    changes = {name: value for name, value in limits.items() if value is not None}
+    means = {"workers": workers, "worker_seconds": worker_seconds, "memory": memory, "host_memory": host_memory}
     with only_json_on_stdout(as_json), terminated_as_interrupted():
+        if workers is not None:
+            checked(lambda: WorkersAt.parse(workers))
         folder = RunFolder.open(run)
-        command = folder.request["command"]
-        if command == "solve":
-            results = _resume_solve(folder, changes, quiet)
-        elif changes:
-            option = "--" + next(iter(changes)).replace("_", "-")
-            raise typer.BadParameter(f"only for runs of `discopt solve`, got one of {command!r}", param_hint=option)
+        if folder.request["command"] == "solve":
+            _only_for("discopt llm", "solve", {"memory": memory, "host_memory": host_memory})
+            results = _resume_solve(folder, _given(limits), _given(means), quiet)
         else:
-            results = _resumer(folder)(folder, quiet=quiet)
+            _only_for("discopt solve", folder.request["command"], limits)
+            results = _resumer(folder)(folder, quiet=quiet, **_given(means))
     _finish(results, as_json)
 
 
 app.command("compare")(compare_command)
 
 
-def _resume_solve(folder: RunFolder, changes: Mapping[str, Any], quiet: bool) -> dict[str, Any]:
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _only_for(whose: str, command: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that runs of this command do not have."""
+    for name in _given(options):
+        option = "--" + name.replace("_", "-")
+        raise typer.BadParameter(f"only for runs of `{whose}`, got one of {command!r}", param_hint=option)
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _resume_solve(
+    folder: RunFolder, limits: Mapping[str, Any], means: Mapping[str, Any], quiet: bool
+) -> dict[str, Any]:
     from discopt.solve import finished, go_on
 
-    results = finished(folder, changes)
+    results = finished(folder, limits)
     if results is not None:
-        typer.echo(f"{folder.path} is finished: {results['stop']}", err=True)
+        _say(f"{folder.path} is finished: {results['stop']}")
         return results
-    return go_on(folder, changes, quiet=quiet, warn=lambda line: typer.echo(f"warning: {line}", err=True))
+    return go_on(folder, {**limits, **means}, quiet=quiet, warn=lambda line: _say(f"warning: {line}"), say=_say)
 
 
 def _resumer(folder: RunFolder) -> Callable[..., dict[str, Any]]:

@@ -39,11 +39,13 @@ from discopt.compare_runs import (
 from discopt.compare_summary import Comparison, numbers, summarise
 from discopt.encoding import plain
 from discopt.errors import DiscoptError, RunFolderError
-from discopt.folder import DISTRIBUTION, RunFolder, distribution_version, write_atomic
+from discopt.folder import DISTRIBUTION, START_AGAIN, RunFolder, distribution_version
 from discopt.loading import split_target
 from discopt.plots import is_drawn
 from discopt.progress import task as progress_of
 from discopt.report import option_words
+from discopt.sealed import append_line, read_lines
+from discopt.workers import cores
 
 COMMAND = "compare"
 RUNS = "runs.jsonl"
@@ -113,9 +115,10 @@ def compare(
         "algorithms": algorithms,
         "code": _checksums([*targets, *filter(None, algorithms.values())], place),
     }
-    with _pool(workers or _cores()) as pool:
+    with _pool(workers or cores()) as pool:
         if (out / "run.json").is_file() and not force:
             folder = RunFolder.open(out)
+            folder.hold()
             _check_same(folder, plain(asked, exact=False))
         else:
             RunFolder.check_free(out, force=force, artefacts=FILES)
@@ -222,40 +225,18 @@ def _do_missing(
 ) -> dict[tuple[str, str, int], dict[str, Any]]:
     """The lines of all runs, those that the folder has and those that are done now."""
     path = folder.path / RUNS
-    lines = {(line["problem"], line["algorithm"], line["seed"]): line for line in _whole_lines(path)}
+    found = read_lines(path, START_AGAIN)
+    lines = {(line["problem"], line["algorithm"], line["seed"]): line for line in found}
     final = {key for key, line in lines.items() if line["status"] in (DONE, NOT_APPLICABLE)}
     missing = [task for task in tasks if task.key not in final]
     with progress_of("comparison", len(missing), unit="runs", quiet=quiet) as bar:
         futures: dict[Future[dict[str, Any]], Task] = {pool.submit(run, task): task for task in missing}
         for future in as_completed(futures):
             line = plain(future.result(), exact=False)
-            _append(path, line)
+            append_line(path, line)
             lines[futures[future].key] = line
             bar.advance()
     return lines
-
-
-def _append(path: Path, line: dict[str, Any]) -> None:
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-    except OSError as error:
-        raise RunFolderError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of runs.jsonl; a last one that was cut off when the process died is removed."""
-    try:
-        data = path.read_bytes() if path.exists() else b""
-    except OSError as error:
-        raise RunFolderError(f"cannot read {path}: {error.strerror}") from error
-    whole = data[: data.rfind(b"\n") + 1]
-    if whole != data:
-        write_atomic(path, whole)
-    try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise RunFolderError(f"{path} is damaged: {error}; pass --force to start again") from error
 
 
 @contextlib.contextmanager
@@ -292,11 +273,6 @@ def _peer_versions() -> dict[str, str]:
     names = [re.split(r"[^\w.-]", text, maxsplit=1)[0] for text in requirements if re.search(r"extra == .bench.", text)]
     found = {name: distribution_version(name) for name in names}
     return {name: version for name, version in found.items() if version != "unknown"}
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _write(request: CompareRequest, comparison: Comparison, folder: RunFolder) -> dict[str, Any]:

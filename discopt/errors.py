@@ -29,3 +29,7 @@ class ObjectiveError(DiscoptError):
 
 class RunFolderError(DiscoptError):
     """A run folder exists already, is missing, is damaged, or belongs to something else."""
+
+
+class WorkersError(DiscoptError):
+    """Workers cannot be started or reached, or none is left."""

@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from discopt.errors import DiscoptError, RunFolderError
+from discopt.executors import SpreadObjective
 from discopt.folder import RunFolder
 from discopt.objective import Losses, Objective, Query, as_objective, evaluate, mean_loss
 from discopt.optimizers.base import Measurement, Optimizer, StopReason
@@ -118,6 +120,7 @@ def minimize(
     folder: RunFolder | None = None,
     checkpoint_seconds: float = 0.0,
     resume: bool = False,
+    executor: Executor | None = None,
 ) -> Result:
     """Search for the profile of the space with the lowest loss.
 
@@ -126,6 +129,12 @@ def minimize(
     With a `folder`, every stage is appended to trace.jsonl and the state saved to checkpoint.json, at most once in
     `checkpoint_seconds`; `resume` goes on from there and ends in the profile of an undisturbed run. A callback that
     returns True stops the search, and so does Ctrl-C: the result is then the best so far.
+
+    With an `executor`, every query is measured in slices by its workers, which is for objectives whose answer to a row
+    does not depend on the rows beside it; `SpreadObjective` has the options.
+
+        with ProcessPoolExecutor() as pool:  # or Dask's client.get_executor(), or mpi4py's MPIPoolExecutor()
+            result = minimize(loss, space, seed=0, executor=pool)
 
     Raises ObjectiveError if the objective fails, RunFolderError for a checkpoint that cannot be used.
     """
@@ -140,7 +149,8 @@ def minimize(
     run = _Run(optimizer, limits or Limits(), folder, checkpoint_seconds)
     if resume:
         run.restore()
-    stop = run.loop(as_objective(objective), callbacks)
+    objective = as_objective(objective)
+    stop = run.loop(SpreadObjective(objective, executor) if executor is not None else objective, callbacks)
     run.save()
     return run.result(stop)
 

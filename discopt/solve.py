@@ -6,20 +6,25 @@ import hashlib
 import json
 import logging
 import math
+import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from discopt.errors import DiscoptError, ObjectiveError, RunFolderError
+from discopt.errors import DiscoptError, ObjectiveError, RunFolderError, WorkersError
+from discopt.executors import WorkersObjective
 from discopt.folder import RunFolder, request_of
 from discopt.loading import Loaded, explain, load_problem, split_target
+from discopt.objective import Objective, as_objective
 from discopt.optimizers import ALGORITHMS, EvoPress, EvoPressSettings, Plan, Stage, StopReason
 from discopt.plots import is_drawn, plot_trace
 from discopt.progress import ProgressBar
 from discopt.report import option_words, profile_lines, solve_report
 from discopt.run import Limits, Result, minimize
+from discopt.workers import Workers, WorkersAt
 
 if TYPE_CHECKING:
     from discopt.optimizers import Optimizer
@@ -44,6 +49,8 @@ _WITHOUT_START = ("random", "exhaustive")
 
 _log = logging.getLogger(__name__)
 
+Say = Callable[[str], None]
+
 
 @dataclass(frozen=True)
 class SolveRequest:
@@ -67,6 +74,8 @@ class SolveRequest:
     target_loss: float | None = None
     stagnation: int | None = None
     seed: int = 0
+    workers: str | None = None  # see `WorkersAt`; None: this process measures
+    worker_seconds: float | None = None  # that a worker may take for its part of a query; None: any time
 
     def __post_init__(self) -> None:
         split_target(self.target)
@@ -74,6 +83,10 @@ class SolveRequest:
             raise ValueError(f"algorithm must be {' or '.join(sorted(ALGORITHMS))}, got {self.algorithm!r}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
+        if self.workers is not None:
+            WorkersAt.parse(self.workers)
+        if self.worker_seconds is not None and (self.workers is None or not self.worker_seconds > 0):
+            raise ValueError(f"worker_seconds must be above 0 and needs workers, got {self.worker_seconds}")
         self.settings()
         self.limits()
         if self.chosen != "evopress":
@@ -157,24 +170,30 @@ def read_start(path: Path) -> tuple[int, ...]:
     return tuple(levels)
 
 
-def begin(request: SolveRequest, out: Path | None, *, force: bool, quiet: bool, directory: Path) -> dict[str, Any]:
-    """Run a search from its start; returns what results.json holds. `directory` is where the target is looked for."""
+def begin(
+    request: SolveRequest, out: Path | None, *, force: bool, quiet: bool, directory: Path, say: Say = _log.warning
+) -> dict[str, Any]:
+    """Run a search from its start; returns what results.json holds.
+
+    `directory` is where the target is looked for; `say` takes a line when workers start or are lost.
+    """
     if out is not None:
         RunFolder.check_free(out, force=force)
     loaded = load_problem(request.target, directory)
     optimizer = _optimizer(request, loaded)  # what does not fit the problem is refused before a folder is made
-    folder = None
-    if out is not None:
-        asked = {
-            "command": COMMAND,
-            "options": asdict(request),
-            "seed": request.seed,
-            "directory": directory.resolve(),
-            "code": loaded.checksum,
-            "space": _space_checksum(loaded.problem.space),
-        }
-        folder = RunFolder.create(out, asked, force=force)
-    return _search(request, loaded, optimizer, folder, quiet=quiet, resume=False)
+    with _measuring(request, loaded, directory, say) as objective:
+        folder = None
+        if out is not None:
+            asked = {
+                "command": COMMAND,
+                "options": asdict(request),
+                "seed": request.seed,
+                "directory": directory.resolve(),
+                "code": loaded.checksum,
+                "space": _space_checksum(loaded.problem.space),
+            }
+            folder = RunFolder.create(out, asked, force=force)
+        return _search(request, loaded, objective, optimizer, folder, quiet=quiet, resume=False)
 
 
 def finished(folder: RunFolder, changes: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -187,11 +206,14 @@ def finished(folder: RunFolder, changes: Mapping[str, Any]) -> dict[str, Any] | 
     return {**results, "folder": str(folder.path)} if done else None
 
 
-def go_on(folder: RunFolder, changes: Mapping[str, Any], *, quiet: bool, warn: Any = _log.warning) -> dict[str, Any]:
+def go_on(
+    folder: RunFolder, changes: Mapping[str, Any], *, quiet: bool, warn: Say = _log.warning, say: Say = _log.warning
+) -> dict[str, Any]:
     """Go on with a stopped run; returns what results.json holds.
 
-    `changes` replaces limits. The limit that ended the run before is lifted where it is not replaced, so that the
-    run ends as one without that limit would have. `warn` takes a line the user should see.
+    `changes` replaces limits and workers. The limit that ended the run before is lifted where it is not replaced, so
+    that the run ends as one without that limit would have. `warn` takes a line the user should see, `say` one when
+    workers start or are lost.
     """
     request = request_of(SolveRequest, folder.request["options"])
     results = _current_results(folder)
@@ -201,7 +223,9 @@ def go_on(folder: RunFolder, changes: Mapping[str, Any], *, quiet: bool, warn: A
     except ValueError as error:
         raise DiscoptError(str(error)) from error
     directory = Path(folder.request.get("directory") or ".")
-    loaded = load_problem(request.target, directory if directory.is_dir() else Path())
+    if not directory.is_dir():
+        directory = Path()
+    loaded = load_problem(request.target, directory)
     if folder.request.get("space") != _space_checksum(loaded.problem.space):
         raise RunFolderError(
             f"{request.target} is not the problem that {folder.path} began with: its units, costs or budget differ"
@@ -209,9 +233,36 @@ def go_on(folder: RunFolder, changes: Mapping[str, Any], *, quiet: bool, warn: A
     if folder.request.get("code") != loaded.checksum:
         warn(f"{request.target.rpartition(':')[0]} has changed since the run began")
     optimizer = _optimizer(request, loaded)
-    folder.remove_leftovers()
-    folder.update_request(options=asdict(request), continued=folder.request.get("continued", 0) + 1)
-    return _search(request, loaded, optimizer, folder, quiet=quiet, resume=True)
+    with _measuring(request, loaded, directory, say) as objective:
+        folder.remove_leftovers()
+        folder.update_request(options=asdict(request), continued=folder.request.get("continued", 0) + 1)
+        return _search(request, loaded, objective, optimizer, folder, quiet=quiet, resume=True)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Makes the objective in a worker, from the same file."""
+
+    target: str
+    directory: str
+    checksum: str | None
+
+    def __call__(self) -> Objective:
+        loaded = load_problem(self.target, self.directory)
+        if loaded.checksum != self.checksum:
+            raise DiscoptError(f"{self.target} has other code in a worker than in the process that began it")
+        return as_objective(loaded.problem.objective)
+
+
+@contextmanager
+def _measuring(request: SolveRequest, loaded: Loaded, directory: Path, say: Say) -> Iterator[Objective]:
+    """The problem's objective, of this process or of the workers that were asked for."""
+    if request.workers is None:
+        yield as_objective(loaded.problem.objective)
+        return
+    target = _Target(request.target, str(directory.resolve()), loaded.checksum)
+    with Workers(WorkersAt.parse(request.workers), target, seconds=request.worker_seconds, say=say) as workers:
+        yield WorkersObjective(workers)
 
 
 def _optimizer(request: SolveRequest, loaded: Loaded) -> Optimizer:
@@ -222,12 +273,19 @@ def _optimizer(request: SolveRequest, loaded: Loaded) -> Optimizer:
 
 
 def _search(
-    request: SolveRequest, loaded: Loaded, optimizer: Optimizer, folder: RunFolder | None, *, quiet: bool, resume: bool
+    request: SolveRequest,
+    loaded: Loaded,
+    objective: Objective,
+    optimizer: Optimizer,
+    folder: RunFolder | None,
+    *,
+    quiet: bool,
+    resume: bool,
 ) -> dict[str, Any]:
     try:
         with ProgressBar(unit=_unit(request), label=loaded.problem.name, quiet=quiet) as bar:
             result = minimize(
-                loaded.problem.objective,
+                objective,
                 loaded.problem.space,
                 optimizer=optimizer,
                 limits=request.limits(),
@@ -238,11 +296,20 @@ def _search(
             )
     except ObjectiveError as error:
         again = f"; mend it and go on with: discopt resume {folder.path}" if folder is not None else ""
-        raise ObjectiveError(explain(error, loaded.path) + again, error.query) from error
+        if isinstance(error.__cause__, WorkersError):
+            raise WorkersError(f"{error.__cause__}{again}") from error
+        raise ObjectiveError(explain(error, loaded.path) + _place_there(error, loaded) + again, error.query) from error
     results = {**_results(request, loaded, result, folder), "complete": optimizer.done}
     if folder is not None:
         _write(request, loaded, result, results, folder)
     return results
+
+
+def _place_there(error: ObjectiveError, loaded: Loaded) -> str:
+    """` (own.py:12)`, where an error of a worker brings the place in the user's file along."""
+    notes = "\n".join(getattr(error.__cause__, "__notes__", ()))
+    lines = re.findall(rf'File "{re.escape(str(loaded.path))}", line (\d+)', notes)
+    return f" ({loaded.path.name}:{lines[-1]})" if loaded.path is not None and lines else ""
 
 
 def _results(request: SolveRequest, loaded: Loaded, result: Result, folder: RunFolder | None) -> dict[str, Any]:

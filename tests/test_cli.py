@@ -110,6 +110,8 @@ def test_every_option_arrives(tmp_path: Path) -> None:
         "target_loss": -99.0,
         "stagnation": 80,
         "seed": 3,
+        "workers": None,
+        "worker_seconds": None,
     }
     first = run.trace()[0]
     assert (first["candidates"], first["fidelity"]) == (5, 2)
