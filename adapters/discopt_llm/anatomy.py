@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +28,14 @@ from discopt_llm.replay import (
     run_block,
     skipped_,
 )
+from discopt_llm.residency import on_device_
 
 __all__ = [
     "Anatomy",
     "Arguments",
     "Block",
     "SubBlock",
+    "block_modules",
     "check_same",
     "embed",
     "last_hidden",
@@ -106,6 +108,14 @@ def read_anatomy(model: nn.Module) -> Anatomy:
     return anatomy
 
 
+def block_modules(model: nn.Module) -> list[nn.Module]:
+    """What may be the blocks of a model that is yet to be run, in order: members of lists as long as it is deep."""
+    depth = _text_config(model).num_hidden_layers
+    lists = {name: module for name, module in model.named_modules() if _may_hold_blocks(module, depth)}
+    outer = [m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    return [*dict.fromkeys(block for blocks in outer for block in blocks.children())]
+
+
 def check_same(anatomy: Anatomy, one: Sequence[Arguments], other: Sequence[Arguments], differing: str) -> None:
     """Raise ModelError unless the blocks were called with the same besides hidden states, though something differed."""
     for block, a, b in zip(anatomy.blocks, one, other, strict=True):
@@ -147,7 +157,7 @@ def _read(model: nn.Module, ids: Tensor) -> Anatomy:
     """Anatomy from a pass of token ids (1, L), each kind of block proved by itself."""
     depth = _text_config(model).num_hidden_layers
     modules = dict(model.named_modules())
-    lists = {name: m for name, m in modules.items() if isinstance(m, nn.ModuleList) and len(m) == depth > 0}
+    lists = {name: m for name, m in modules.items() if _may_hold_blocks(m, depth)}
     owners = {name: modules[name.rpartition(".")[0]] for name in lists}
     children = {
         child for owner in owners.values() for child in owner.children() if not isinstance(child, nn.ModuleList)
@@ -164,6 +174,10 @@ def _read(model: nn.Module, ids: Tensor) -> Anatomy:
     last = len(trace.entered) - trace.entered[::-1].index(lists[name][-1])
     tail = tuple(module for module in trace.entered[last:] if module in {*backbone.children()})
     return Anatomy(tuple(_blocks(lists[name], name, trace)), backbone, name, tail, type(output))
+
+
+def _may_hold_blocks(module: nn.Module, depth: int) -> TypeGuard[nn.ModuleList]:
+    return isinstance(module, nn.ModuleList) and len(module) == depth > 0
 
 
 def _blocks_name(lists: Mapping[str, nn.ModuleList], trace: _Trace, depth: int) -> str:
@@ -197,7 +211,8 @@ def _blocks(layers: nn.ModuleList, layers_name: str, trace: _Trace) -> Iterator[
             hidden, arguments = Arguments.of_call(args, kwargs)
             kind = _signature(module)
             if kind not in parts_of:
-                parts_of[kind] = read_parts(module, arguments, hidden)
+                with on_device_(module):
+                    parts_of[kind] = read_parts(module, arguments, hidden)
             form = OutputForm.of_call(hidden, output)
         except (ModelError, ValueError) as error:
             raise ModelError(f"in {name} ({type(module).__name__}) {error}") from error

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from discopt_llm import ggml
+from discopt_llm.lanes import to_device
 from discopt_llm.packing import pack_bits, packed_size, unpack_bits
 from discopt_llm.quantization import Quantized
 
@@ -175,10 +176,11 @@ def from_parts(
 
     def packed(name: str, bits: int, shape: tuple[int, ...]) -> Tensor:
         count = torch.Size(shape).numel()
-        return unpack_bits(read(name).to(device), bits, count).view(shape)
+        return unpack_bits(to_device(read(name), device), bits, count).view(shape)
 
     def values(name: str) -> Tensor:
-        return read(name).to(device, copy=True)  # not a piece of the file, which others read as well
+        part = read(name)
+        return part.clone() if device.type == "cpu" else to_device(part, device)  # not a piece of the file
 
     if described["form"] == "sparse":
         return Sparse(packed("keep", 1, shape).view(torch.bool), values("values"))

@@ -31,6 +31,10 @@ class BankError(DiscoptError):
     """A bank that is damaged, unfinished, in the way, or belongs to another model."""
 
 
+class MemoryPlanError(DiscoptError):
+    """A bound on memory that is too low for what is to be done."""
+
+
 def short(value: object) -> str:
     """A value in an error message: its beginning and end, if it is long."""
     return _REPR.repr(value)

@@ -6,7 +6,7 @@ Rows with equal codes up to a place are one hidden state there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from discopt_llm.layers import EMBEDDING
 
-__all__ = ["TEACHER", "UNTOUCHED", "Counts", "Levels", "Limits", "Plan", "Row", "cuts"]
+__all__ = ["TEACHER", "UNTOUCHED", "Counts", "Cut", "Levels", "Limits", "Plan", "Row"]
 
 Row = tuple[int, ...]  # the levels of the units that decide about one place: a block, the embedding or the head
 
@@ -89,6 +89,13 @@ class Limits:
     call_tokens: int  # in one call of a block
     logit_rows: int  # positions in a chunk of logits
 
+    def halved(self, length: int) -> Limits | None:
+        """Half as much at once; None if it is one student on one sequence of so many tokens already."""
+        if self.state_bytes < 2 * length * self.token_bytes and self.call_tokens <= length and self.logit_rows == 1:
+            return None
+        state, call, rows = (max(1, n // 2) for n in (self.state_bytes, self.call_tokens, self.logit_rows))
+        return Limits(state, self.token_bytes, call, rows)
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -151,18 +158,25 @@ def _row(levels: list[int], dense: Row | None) -> Row | None:
     return tuple(known if level == TEACHER else level for level, known in zip(levels, dense, strict=True))
 
 
-def cuts(plan: Plan, lengths: NDArray[np.int64], limits: Limits) -> Iterator[tuple[list[int], list[NDArray[np.intp]]]]:
-    """Micro-batches that fit the memory: sequences of one length, and the slices of rows to walk them with.
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A piece of the work that fits the memory: so many sequences of one length, by slices of the rows.
 
-    The slice with the teacher comes first, for the other slices are compared with it.
+    What runs in one call, `per_call` sequences of one state or the rest of them, depends on the length and the limits
+    alone and never on how many rows there are, so that losses of a row do not depend on the other rows.
     """
-    K = len(plan.rows)
-    for length in np.unique(lengths):
-        state = int(length) * limits.token_bytes
-        held = max(1, limits.state_bytes // state)  # states of one sequence
-        slices = np.array_split(np.arange(K), 1 if held >= K else -(-K // max(1, held - 1)))  # 1 is the teacher's
-        slices.sort(key=lambda part: plan.teacher not in part)
-        columns = np.flatnonzero(lengths == length).tolist()
-        size = max(1, held // K)
-        for start in range(0, len(columns), size):
-            yield columns[start : start + size], slices
+
+    sequences: int
+    per_call: int  # sequences; it divides `sequences`, unless there are no more
+    slices: tuple[NDArray[np.intp], ...]  # of the plan's rows; the one with the teacher, whom all need, is first
+
+    @classmethod
+    def of(cls, plan: Plan, length: int, sequences: int, limits: Limits) -> Cut:
+        """The first cut of so many sequences of so many tokens each."""
+        K = len(plan.rows)
+        held = limits.state_bytes // (length * limits.token_bytes)  # states of one sequence
+        per_call = min(sequences, max(1, min(limits.call_tokens // length, held // 2)))
+        fitting = max(2, held // per_call)  # states of one call
+        count = 1 if fitting >= K else -(-K // (fitting - 1))  # one is the teacher's
+        slices = sorted(np.array_split(np.arange(K), count), key=lambda part: plan.teacher not in part)
+        return cls(min(sequences, max(1, fitting // K) * per_call), per_call, tuple(slices))

@@ -25,6 +25,7 @@ from discopt_llm.errors import ModelError
 from discopt_llm.hessian import InputSum
 from discopt_llm.parts import Kind, LayerKind
 from discopt_llm.products import Collector, Probe, span, stacked
+from discopt_llm.residency import on_device_
 
 if TYPE_CHECKING:
     from discopt_llm.models import LoadedModel
@@ -103,7 +104,7 @@ def read_layers(model: PreTrainedModel, anatomy: Anatomy) -> tuple[Layer, ...]:
         with torch.inference_mode(False), torch.no_grad(), eager_experts_(model):
             hidden, arguments = embed(model, anatomy, torch.arange(PROBE_TOKENS, device=model.device)[None])
             for block, replay, of_block in zip(anatomy.blocks, arguments, weights, strict=True):
-                with Probe([weight.parameter for weight in of_block]) as probe:
+                with on_device_(block.module), Probe([weight.parameter for weight in of_block]) as probe:
                     hidden = run_block(block, hidden, replay)
                 layers += _layers(block, of_block, probe, len(layers))
     except ModelError as error:

@@ -7,7 +7,7 @@ import importlib.util
 import io
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,9 +44,12 @@ from transformers.utils import (
 )
 from transformers.utils.hub import cached_file
 
-from discopt_llm.anatomy import Anatomy, read_anatomy
-from discopt_llm.errors import DeviceError, ModelError, typed_line
+from discopt_llm.anatomy import Anatomy, block_modules, read_anatomy
+from discopt_llm.errors import DeviceError, MemoryPlanError, ModelError, typed_line
 from discopt_llm.layers import Layer, read_layers
+from discopt_llm.memory import Memory
+from discopt_llm.residency import Residency
+from discopt_llm.untrusted import check_model_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FINGERPRINT_SAMPLES = 8  # values per parameter
@@ -62,6 +65,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     source: str  # as it was asked for
     anatomy: Anatomy
+    residency: Residency | None = None  # None: all of it is on the device
 
     @cached_property
     def fingerprint(self) -> str:
@@ -75,13 +79,23 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
-        return self.model.device
+        """Where the model runs."""
+        return self.model.device if self.residency is None else self.residency.device
 
     @property
     def dtype(self) -> torch.dtype:
         """What its weights are stored in."""
         return self.model.dtype
+
+    def place_(self, blocks: Collection[int]) -> None:
+        """Let these blocks stay on the device, and the others be there while they run.
+
+        Raises MemoryPlanError for a model that was loaded whole, unless all are to stay.
+        """
+        if self.residency is not None:
+            self.residency.place_(blocks)
+        elif len(blocks) < len(self.anatomy.blocks):
+            raise MemoryPlanError("the whole model is on the device: load it with the same bound on memory")
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +126,8 @@ class ModelFiles:
         origin, gguf_file, extra = _locate(source)
         if gguf_file is not None:
             extra["gguf_file"] = gguf_file
+        elif not trust_remote_code:
+            check_model_folder(Path(origin))
         with _quiet(downloads=gguf_file is None):
             with _explained("model", source, gguf_file):
                 config = AutoConfig.from_pretrained(origin, trust_remote_code=trust_remote_code, **extra)
@@ -128,8 +144,11 @@ class ModelFiles:
             return (Path(self.origin) / self.gguf_file).stat().st_size
         return sum(path.stat().st_size for path in weight_files(self.origin))
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-        """The model in evaluation mode, its parameters without gradients; raises ModelError if it cannot be used."""
+    def load(self, device: torch.device, dtype: torch.dtype, *, on_host: bool = False) -> PreTrainedModel:
+        """The model in evaluation mode, its parameters without gradients; raises ModelError if it cannot be used.
+
+        on_host: leave it in the host's memory, for the device to take parts of it.
+        """
         packed = self.gguf_file is None and bool(getattr(self.config, "quantization_config", None))
         # The libraries of packed weights have bars of their own, as the reader of GGUF files does.
         downloads = self.gguf_file is None and not packed
@@ -138,10 +157,11 @@ class ModelFiles:
                 self.origin,
                 config=self.config,
                 dtype=dtype,
-                device_map={"": device} if device.type == "cuda" else None,
+                device_map={"": device} if device.type == "cuda" and not on_host else None,
                 use_safetensors=None if self.trust_remote_code or self.gguf_file else True,
                 trust_remote_code=self.trust_remote_code,
                 output_loading_info=True,
+                **_attention(self.config, device),
                 **self.extra,
                 **(_unpacked(self.gguf_file) if self.gguf_file else {}),
             )
@@ -163,6 +183,7 @@ def load_model(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     check_config: Callable[[PretrainedConfig], None] = lambda _: None,
+    memory: Memory = Memory(),  # noqa: B008, it is frozen
 ) -> LoadedModel:
     """Load a model and read its anatomy.
 
@@ -170,18 +191,27 @@ def load_model(
     an installed Python package, found without importing it. `dtype` "auto" is float32 on a CPU and bfloat16 on CUDA.
     Weights come from safetensors or GGUF; pickles, which can run code, are read only with `trust_remote_code`.
     `check_config` sees the config before any weights are read, and may raise ModelError.
-    Raises DeviceError for a device or data type this machine lacks, ModelError for a model that cannot be used.
+
+    With a bound on the device's `memory` the blocks stay on the host, see `Residency`; an `Evaluator` brings to the
+    device what there is place for. Weights in safetensors of that very data type are mapped into memory, never read
+    as a whole; all others are in the host's memory once while they are loaded.
+
+    Raises DeviceError for a device or data type this machine lacks, ModelError for a model that cannot be used,
+    MemoryPlanError for one that cannot be kept within the memory.
     """
     place = parse_device(device)
     precision = parse_dtype(dtype, place)
     files = ModelFiles.find(source, trust_remote_code=trust_remote_code, check_config=check_config)
-    return with_anatomy(files, files.load(place, precision))
+    if memory.on(place) is None:
+        return with_anatomy(files, files.load(place, precision))
+    model = files.load(place, precision, on_host=True)
+    return with_anatomy(files, model, Residency(model, block_modules(model), place, host=memory.host))
 
 
-def with_anatomy(files: ModelFiles, model: PreTrainedModel) -> LoadedModel:
+def with_anatomy(files: ModelFiles, model: PreTrainedModel, residency: Residency | None = None) -> LoadedModel:
     """A model that was just loaded, with its anatomy; raises ModelError if that cannot be read."""
     with _quiet(downloads=False):
-        return LoadedModel(model, files.tokenizer, files.source, read_anatomy(model))
+        return LoadedModel(model, files.tokenizer, files.source, read_anatomy(model), residency)
 
 
 def weight_files(origin: str) -> list[Path]:
@@ -198,6 +228,13 @@ def weight_files(origin: str) -> list[Path]:
         if found := [path for path in map(find, sorted(names)) if path is not None]:
             return found
     return []
+
+
+def _attention(config: PretrainedConfig, device: torch.device) -> dict[str, Any]:
+    """Ask CUDA for fused attention where the model has it; a matrix of all positions by all would not fit."""
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    fused = device.type == "cuda" and getattr(known, "_supports_sdpa", False)
+    return {"attn_implementation": "sdpa"} if fused else {}
 
 
 def _unpacked(gguf_file: str) -> dict[str, Any]:
