@@ -8,14 +8,11 @@ in the blocks should follow the share: at most 1.1 times it.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import re
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -132,30 +129,13 @@ def peak(bench: Bench, form: str, count: int) -> None:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        before = _reset_peak()
+        before = record.reset_peak_memory()
     if form == "plain":
         bench.plain(population[:1], head=True)  # one row after another: the first needs what all need
     else:
         bench.evaluator().measure(population, bench.sequences, [KL()])
-    after = torch.cuda.max_memory_allocated() if bench.on_cuda else _peak()
+    after = torch.cuda.max_memory_allocated() if bench.on_cuda else record.peak_memory()
     print(after - before)
-
-
-def _peak() -> int:
-    """Most memory this process held, bytes."""
-    try:  # on Linux getrusage knows the peak of the process that started this one, too
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])
-    except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _reset_peak() -> int:
-    """Give back what loading the model left free, and forget its peak, where the system can (Linux); the peak now."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    return _peak()
 
 
 def measured_peak(form: str, count: int) -> int:

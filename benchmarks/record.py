@@ -1,11 +1,16 @@
-"""What every benchmark's JSON says about where its figures come from."""
+"""What every benchmark's JSON says about where its figures come from, and the memory of this process."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
+import re
+import resource
 import subprocess
+import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,6 +36,23 @@ def write(path: Path, figures: dict[str, Any], *, seed: int, device: str | None 
     """Write the figures with their provenance as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**provenance(seed, device), **figures}, indent=2) + "\n")
+
+
+def peak_memory() -> int:
+    """Most memory this process held, bytes."""
+    try:  # on Linux getrusage knows the peak of the process that started this one, too
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reset_peak_memory() -> int:
+    """Give back what loading the model left free, and forget its peak, where the system can (Linux); the peak now."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory()
 
 
 def _version(name: str) -> str | None:
