@@ -51,7 +51,7 @@ def _plain_float(number: float, exact: bool) -> Any:
 def restore(obj: Any) -> Any:
     """Undo what `plain` did to numbers that are not finite."""
     if isinstance(obj, dict):
-        if obj.keys() == {"float"} and obj["float"] in _NOT_FINITE:
+        if obj.keys() == {"float"} and isinstance(obj["float"], str) and obj["float"] in _NOT_FINITE:
             return _NOT_FINITE[obj["float"]]
         return {key: restore(value) for key, value in obj.items()}
     if isinstance(obj, list):

@@ -9,7 +9,7 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from discopt.plots import is_drawn, plot_trace
 from discopt.progress import ProgressBar
 from discopt.report import option_words, profile_lines, solve_report
 from discopt.run import Limits, Result, minimize
+from discopt.sealed import SealError, unsealed
 from discopt.workers import Workers, WorkersAt
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from discopt.space import SearchSpace
 
 COMMAND = "solve"
+PROFILE_FORMAT = "discopt-profile"
 CHECKPOINT_SECONDS = 1.0  # what a killed process loses at most, beside the stage it was in
 
 # What ends a search before its plan does, and the option that sets it.
@@ -157,14 +159,17 @@ class SolveRequest:
 def read_start(path: Path) -> tuple[int, ...]:
     """The levels in a profile file: a run's profile.json, or a plain list. Raises DiscoptError for other files."""
     try:
-        document = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        levels = json.loads(data)
+        if isinstance(levels, dict):
+            units = unsealed(data, PROFILE_FORMAT).get("units")
+            levels = [unit.get("level") for unit in units] if isinstance(units, list) else None
     except OSError as error:
         raise DiscoptError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except SealError as error:
+        raise DiscoptError(f"{path} {error.sentence('give levels written by hand as a plain list')}") from error
+    except (ValueError, RecursionError, AttributeError) as error:
         raise DiscoptError(f"{path} is not JSON") from error
-    levels = document
-    if isinstance(document, dict) and isinstance(document.get("units"), list):
-        levels = [unit.get("level") if isinstance(unit, dict) else None for unit in document["units"]]
     if not isinstance(levels, list) or not all(type(level) is int for level in levels):
         raise DiscoptError(f"{path} is no profile: expected a list of levels, or a profile.json with its units")
     return tuple(levels)
@@ -215,16 +220,14 @@ def go_on(
     that the run ends as one without that limit would have. `warn` takes a line the user should see, `say` one when
     workers start or are lost.
     """
-    request = request_of(SolveRequest, folder.request["options"])
+    request = request_of(SolveRequest, folder.request.get("options", {}))
     results = _current_results(folder)
     lifted = LIMIT_OPTIONS.get(_stop(results)) if results is not None else None
     try:
         request = replace(request, **{**({lifted: None} if lifted else {}), **changes})
     except ValueError as error:
         raise DiscoptError(str(error)) from error
-    directory = Path(folder.request.get("directory") or ".")
-    if not directory.is_dir():
-        directory = Path()
+    directory = begun_in(folder)
     loaded = load_problem(request.target, directory)
     if folder.request.get("space") != _space_checksum(loaded.problem.space):
         raise RunFolderError(
@@ -235,7 +238,7 @@ def go_on(
     optimizer = _optimizer(request, loaded)
     with _measuring(request, loaded, directory, say) as objective:
         folder.remove_leftovers()
-        folder.update_request(options=asdict(request), continued=folder.request.get("continued", 0) + 1)
+        folder.update_request(options=asdict(request), continued=parts_of(folder) + 1)
         return _search(request, loaded, objective, optimizer, folder, quiet=quiet, resume=True)
 
 
@@ -263,6 +266,20 @@ def _measuring(request: SolveRequest, loaded: Loaded, directory: Path, say: Say)
     target = _Target(request.target, str(directory.resolve()), loaded.checksum)
     with Workers(WorkersAt.parse(request.workers), target, seconds=request.worker_seconds, say=say) as workers:
         yield WorkersObjective(workers)
+
+
+def begun_in(folder: RunFolder) -> Path:
+    """Where the run was begun, if that folder still is there; else the current one."""
+    with suppress(KeyError, OSError, TypeError, ValueError):  # no text, or no name of a folder
+        if (directory := Path(folder.request["directory"])).is_dir():
+            return directory
+    return Path()
+
+
+def parts_of(folder: RunFolder) -> int:
+    """How often the run was gone on with."""
+    continued = folder.request.get("continued", 0)
+    return continued if type(continued) is int else 0
 
 
 def _optimizer(request: SolveRequest, loaded: Loaded) -> Optimizer:
@@ -344,7 +361,7 @@ def _write(request: SolveRequest, loaded: Loaded, result: Result, results: dict[
         units = [{"name": name, "level": int(level)} for name, level in zip(space.names, result.profile, strict=True)]
         kept = {key: results[key] for key in ("problem", "loss", "fidelity", "cost", "budget")}
         folder.write_json(
-            "profile.json", {"format": "discopt-profile", "version": 1, "kind": COMMAND, **kept, "units": units}
+            "profile.json", {"format": PROFILE_FORMAT, "version": 1, "kind": COMMAND, **kept, "units": units}
         )
         picture = _draw(request, loaded, result, folder)
     command = request.command_line(folder.path)

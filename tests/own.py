@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from typer.testing import CliRunner
 
 from discopt.cli import app
 from discopt.folder import RunFolder
+from tests.documents import read_document
 
 PROGRAM = [sys.executable, "-c", "from discopt.cli import main; main()"]
 OWN = """
@@ -115,7 +115,7 @@ def refused(result: Any, code: int = 1) -> str:
 
 def answer(path: Path) -> Any:
     """All of a run's result that does not tell the time."""
-    results = json.loads((path / "results.json").read_text())
+    results = read_document(path / "results.json")
     trace = [{k: v for k, v in line.items() if k != "seconds"} for line in RunFolder.open(path).trace()]
     return {k: v for k, v in results.items() if k not in ("seconds", "folder", "continued")}, trace
 

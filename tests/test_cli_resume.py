@@ -15,6 +15,7 @@ import pytest
 
 from discopt.folder import RunFolder
 from discopt.optimizers import StopReason
+from tests.documents import change as change_document
 from tests.own import OWN, PROGRAM, answer, call, line_of, refused, solve, start, wait_for_lines
 
 pytestmark = pytest.mark.usefixtures("own")
@@ -131,8 +132,7 @@ def test_a_damaged_run_is_refused_in_one_line(tmp_path: Path, damage: Any, messa
 
 
 def change(run: Path, **changes: Any) -> None:
-    document = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps({**document, **changes}))
+    change_document(run / "run.json", **changes)
 
 
 def test_a_missing_run_is_one_line() -> None:

@@ -19,7 +19,9 @@ from discopt import cli
 from discopt.cli import app
 from discopt.compare import CompareRequest, compare
 from discopt.errors import DiscoptError, RunFolderError
+from discopt.sealed import read_lines
 from tests.compare_own import OWN
+from tests.documents import read_document
 
 PROGRAM = [sys.executable, "-c", "from discopt.cli import main; main()"]
 ASKED = ("--problems", "own.py:linear,own.py:noisy", "--algorithms", "own.py:GOOD", "--seeds", "3", "--budget", "8,40")
@@ -51,7 +53,7 @@ def call(*words: str | Path) -> Any:
 
 def lines(out: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
     """runs.jsonl by run, without what tells the time."""
-    rows = [json.loads(text) for text in (out / "runs.jsonl").read_text().splitlines()]
+    rows = read_lines(out / "runs.jsonl", "")
     assert len({(row["problem"], row["algorithm"], row["seed"]) for row in rows}) == len(rows)
     return {
         (row["problem"], row["algorithm"], row["seed"]): {
@@ -65,8 +67,7 @@ def report(out: Path) -> dict[str, Any]:
     """report.json without what tells the time, or the folder."""
     text = (out / "report.json").read_text()
     text = re.sub(r'"(overhead_seconds|seconds)": [\d.e-]+', r'"\1": 0', text).replace(out.name, "OUT")
-    document: dict[str, Any] = json.loads(text)
-    return document
+    return {name: value for name, value in json.loads(text).items() if name != "checksum"}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(
         words, cwd=folder, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True
     )
-    assert json.loads(done.stdout) == json.loads((folder / "whole" / "report.json").read_text())
+    assert json.loads(done.stdout) == read_document(folder / "whole" / "report.json")
     return folder / "whole"
 
 
@@ -93,8 +94,8 @@ def test_a_finished_folder_has_all_runs_the_report_and_the_pictures(whole: Path)
 
 
 def test_the_reports_numbers_are_those_of_the_runs(whole: Path) -> None:
-    document = json.loads((whole / "report.json").read_text())
-    points = json.loads((whole / "comparison.json").read_text())["points"]
+    document = read_document(whole / "report.json")
+    points = read_document(whole / "comparison.json")["points"]
     runs = lines(whole)
     facts = {row["name"]: row for row in document["problems"]}
     assert document["default"] == "evopress"

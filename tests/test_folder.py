@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from discopt import folder as folder_module
+from discopt import files as files_module
 from discopt.errors import RunFolderError
 from discopt.folder import ARTEFACTS, RunFolder, write_atomic
+from discopt.lock import LOCK, OWNER
+from discopt.sealed import sealed_text
 
 REQUEST = {"command": "solve", "options": {"generations": 3}, "seed": 7}
 
@@ -29,6 +32,18 @@ def strict_json(path: Path) -> Any:
         raise AssertionError(f"{constant} is not JSON")
 
     return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def read(path: Path) -> Any:
+    """A document's content without its checksum."""
+    document = strict_json(path)
+    assert len(document.pop("checksum")) == 64
+    return document
+
+
+def names(path: Path) -> list[str]:
+    """What is in a folder, apart from the lock of its writer."""
+    return sorted(entry.name for entry in path.iterdir() if entry.name not in (LOCK, OWNER))
 
 
 def leftovers(path: Path) -> list[str]:
@@ -79,7 +94,7 @@ def test_force_removes_the_old_run_and_nothing_else(folder: RunFolder) -> None:
     for name in (*ARTEFACTS[:-1], "extra.json", ".checkpoint.json.0123.tmp", "notes.txt"):
         (folder.path / name).write_text("old")
     new = RunFolder.create(folder.path, {"command": "llm drop"}, force=True, artefacts=["extra.json"])
-    assert sorted(entry.name for entry in folder.path.iterdir()) == ["notes.txt", "run.json"]
+    assert names(folder.path) == ["notes.txt", "run.json"]
     assert new.request["command"] == "llm drop"
 
 
@@ -112,12 +127,15 @@ def test_a_folder_that_is_missing_or_empty_cannot_be_opened(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"format": "discopt-run", "versi', "is damaged: it is not whole JSON; start the run again"),
+        ('{"format": "discopt-run", "versi', "is damaged: it is not whole JSON .*; start the run again"),
         ("[1]", "is damaged: expected a JSON object, got list"),
         ('{"format": "other", "version": 1}', "is not ours: expected the format 'discopt-run', got 'other'"),
         ('{"format": "discopt-run", "version": "new"}', "is damaged: it has no format version"),
         ('{"format": "discopt-run", "version": 2}', r"newer discopt \(format version 2, .* up to 1\); update discopt"),
-        ('{"format": "discopt-run", "version": 1}', "is damaged: it does not say which command"),
+        ('{"format": "discopt-run", "version": 1, "command": "solve"}', "is damaged: it has no checksum"),
+        ('{"format": "discopt-run", "version": 1, "checksum": "0"}', "is damaged: its content does not match"),
+        ('{"format": "discopt-run", "version": 1, "checksum": "0", "x": NaN}', "is damaged: its content does not"),
+        (sealed_text({"format": "discopt-run", "version": 1}), "is damaged: it does not say which command"),
         ("[" * 100_000, "is damaged"),
         (b"\xff\xfe\x00", "is damaged"),
     ],
@@ -140,7 +158,8 @@ def test_artefacts_are_strict_json_with_null_for_what_is_not_finite(folder: RunF
         "p": folder.path,
     }
     folder.write_json("results.json", value)
-    written = strict_json(folder.path / "results.json")
+    written = read(folder.path / "results.json")
+    assert (written.pop("format"), written.pop("version")) == ("discopt-document", 1)
     assert written == {"loss": None, "all": [1.0, None], "n": 3, "x": [0.5, True], "p": str(folder.path)}
     assert folder.read_json("results.json") == written
 
@@ -185,13 +204,13 @@ def test_a_torn_last_line_is_ignored_and_written_over(folder: RunFolder, torn: b
     assert folder.trace() == [{"generation": 1}, {"generation": 3}]
 
 
-@pytest.mark.parametrize("line", [b"{oops\n", b"[1]\n", b"\n"])
+@pytest.mark.parametrize("line", [b"{oops\n", b"[1]\n", b"\n", b'{"generation": 2}\n', b'{"checksum": ""}\n'])
 def test_a_damaged_line_in_the_middle_is_named(folder: RunFolder, line: bytes) -> None:
     folder.append_trace({"generation": 1})
     with open(folder.path / "trace.jsonl", "ab") as file:
         file.write(line)
     folder.append_trace({"generation": 3})
-    with pytest.raises(RunFolderError, match=r"trace.jsonl is damaged: line 2 is not"):
+    with pytest.raises(RunFolderError, match=r"trace.jsonl is damaged: line 2: .*; start the run again"):
         folder.trace()
 
 
@@ -256,6 +275,7 @@ def test_every_flipped_bit_and_every_cut_of_a_checkpoint_is_noticed(folder: RunF
         ({"state": {"generation": 13}}, "is damaged: its content does not match its checksum; start the run again"),
         ({"state": [1]}, "is damaged"),
         ({"checksum": None}, "is damaged"),
+        ({"more": 1}, "is damaged: its content does not match its checksum"),
         ({"format": "safetensors"}, "is not ours: expected the format 'discopt-checkpoint', got 'safetensors'"),
         ({"version": 5}, "newer discopt .*; update discopt"),
         ({"version": True}, "has no format version"),
@@ -296,7 +316,7 @@ def test_the_old_file_survives_a_failure_at_any_step(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(folder_module.os, step, full)
+    monkeypatch.setattr(files_module.os, step, full)
     with pytest.raises(RunFolderError, match=r"cannot write .*run/checkpoint.json: No space left on device$"):
         folder.save_checkpoint({"generation": 2})
     monkeypatch.undo()
@@ -310,7 +330,7 @@ def test_ctrl_c_while_writing_leaves_the_old_file(folder: RunFolder, monkeypatch
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(folder_module.os, "replace", interrupt)
+    monkeypatch.setattr(files_module.os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         folder.write_text("report.md", "new")
     assert (folder.path / "report.md").read_text() == "old"
@@ -318,8 +338,7 @@ def test_ctrl_c_while_writing_leaves_the_old_file(folder: RunFolder, monkeypatch
 
 
 def test_a_folder_that_went_away_is_one_line(folder: RunFolder) -> None:
-    (folder.path / "run.json").unlink()
-    folder.path.rmdir()
+    shutil.rmtree(folder.path)
     with pytest.raises(RunFolderError, match=r"cannot write .*profile.json: No such file or directory$"):
         folder.write_json("profile.json", {})
     with pytest.raises(RunFolderError, match=r"cannot write .*trace.jsonl: No such file or directory$"):
@@ -358,6 +377,7 @@ def test_a_full_disk_keeps_the_old_files(folder: RunFolder) -> None:
     folder.save_checkpoint({"generation": 1})
     folder.append_trace({"generation": 1})
     folder.write_text("report.md", "old")
+    folder.release()
     before = {entry.name: entry.read_bytes() for entry in folder.path.iterdir()}
     run = subprocess.run([sys.executable, "-c", FULL_DISK, folder.path], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines() == [

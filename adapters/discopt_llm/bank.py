@@ -22,6 +22,7 @@ from torch import Tensor
 
 from discopt.encoding import plain
 from discopt.folder import write_atomic
+from discopt.lock import FolderLock
 from discopt_llm.bank_blocks import StoredBlock, encode_block
 from discopt_llm.bank_forms import (
     Costs,
@@ -43,10 +44,11 @@ from discopt_llm.bank_manifest import (
     block_name,
     block_numbers,
     check_header,
+    check_inside,
     check_layers,
     is_manifest,
 )
-from discopt_llm.errors import BankError
+from discopt_llm.errors import BankError, one_line
 from discopt_llm.layers import Layer
 
 __all__ = [
@@ -163,6 +165,7 @@ class BankWriter:
         self._blocks = _Blocks(path, header)
         self._files: dict[int, BlockFile] = {}
         self._layers: dict[int, tuple[BankLayer, ...]] = {}
+        self._lock = FolderLock(path, "the bank").acquire()
 
     @classmethod
     def begin(cls, path: str | os.PathLike[str], header: Mapping[str, Any], *, force: bool = False) -> BankWriter:
@@ -172,26 +175,39 @@ class BankWriter:
             whatever else decides about the bytes of the bank.
         force: replace the bank in the folder, finished or not; nothing but a bank is ever replaced.
 
+        The writer holds the folder's lock until it has finished or is forgotten.
+
         Raises BankError for a folder that holds anything else of these names, a finished bank, or one that was begun
-        with another header, saying what differs; ValueError for a header that lacks something.
+        with another header, saying what differs; RunFolderError, with the owner's name, for one that another process
+        writes; ValueError for a header that lacks something.
         """
         path = Path(path)
         asked: dict[str, Any] = plain(header, exact=True)
         check_header(asked)
         if path.exists() and not path.is_dir():
             raise BankError(f"{path} is a file, not a folder; choose another one for the bank")
-        begun = _begun(path, asked, force=force)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            _remove(path, blocks=begun is None)
         except OSError as error:
-            raise BankError(f"cannot make the bank {path}: {error.strerror or error}") from error
-        if begun is None:
-            write_atomic(path / MANIFEST, Manifest(asked, complete=False).to_json())
-            return cls(path, asked)
-        writer = cls(path, begun)
-        writer._read_finished()
+            raise _cannot_make(path, error) from error
+        writer = cls(path, asked)  # holds it from here on
+        try:
+            writer._take_over(force=force)
+        except BaseException as error:
+            writer._lock.release()
+            if isinstance(error, OSError):
+                raise _cannot_make(path, error) from error
+            raise
         return writer
+
+    def _take_over(self, *, force: bool) -> None:
+        """Begin the manifest, or take over the blocks of an unfinished bank."""
+        begun = _begun(self.path, self.header, force=force)
+        _remove(self.path, blocks=begun is None)
+        if begun is None:
+            write_atomic(self.path / MANIFEST, Manifest(self.header, complete=False).to_json())
+        else:
+            self._read_finished()
 
     @property
     def finished(self) -> frozenset[int]:
@@ -236,7 +252,8 @@ class BankWriter:
         check_layers(self.layers, self.header)
         files = tuple(self._files[block] for block in sorted(self._files))
         write_atomic(self.path / MANIFEST, Manifest(self.header, True, files, self.layers).to_json())
-        return Bank.open(self.path, verify=False)
+        self._lock.release()
+        return Bank.open(self.path, verify=False)  # each file was flushed, or read and verified, by this very process
 
     def _read_finished(self) -> None:
         """Take over the blocks that are whole; a torn one is built again."""
@@ -245,6 +262,7 @@ class BankWriter:
             if not os.path.lexists(file):
                 continue
             try:
+                check_inside(file)
                 stored = StoredBlock.open(file, self.header, block)
                 stored.verify()
                 size, sha256 = file.stat().st_size, _sha256(file)
@@ -270,6 +288,10 @@ class _Blocks:
         return self._opened[block].form(layer, level, device)
 
 
+def _cannot_make(path: Path, error: OSError) -> BankError:
+    return BankError(f"cannot make the bank {path}: {error.strerror or error}")
+
+
 def _begun(path: Path, header: Mapping[str, Any], *, force: bool) -> dict[str, Any] | None:
     """The header of the unfinished bank in the folder to go on with; None to begin one; BankError to keep off."""
     if not os.path.lexists(path / MANIFEST):
@@ -285,7 +307,7 @@ def _begun(path: Path, header: Mapping[str, Any], *, force: bool) -> dict[str, A
         raise BankError(f"{path} holds a finished bank already; use it, choose another folder, or replace it by force")
     if different := _difference(manifest.header, header):
         raise BankError(
-            f"{path} holds an unfinished bank that was begun with other options ({different}); "
+            f"{path} holds an unfinished bank that was begun with other options ({one_line(different)}); "
             "use those to go on, choose another folder, or replace it by force"
         )
     return manifest.header
@@ -313,6 +335,7 @@ def _remove(path: Path, *, blocks: bool) -> None:
 
 
 def _check_file(path: Path, expected: BlockFile, *, verify: bool) -> None:
+    check_inside(path)
     try:
         size = path.stat().st_size
         changed = size == expected.bytes and verify and _sha256(path) != expected.sha256

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -30,6 +30,7 @@ __all__ = [
     "block_name",
     "block_numbers",
     "check_header",
+    "check_inside",
     "check_layers",
     "expect",
     "is_manifest",
@@ -166,10 +167,8 @@ class Manifest:
     def to_json(self) -> str:
         """The file's content, a line for each file and layer."""
         head = {"format": FORMAT, "version": VERSION, "complete": self.complete, "header": self.header}
-        lists = {}
-        if self.complete:
-            head["fingerprint"] = self.fingerprint
-            lists = {"files": self._listed_files, "layers": self._listed_layers}
+        head["fingerprint"] = self.fingerprint
+        lists = {"files": self._listed_files, "layers": self._listed_layers} if self.complete else {}
         lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in head.items()]
         for key, entries in lists.items():
             listed = ",\n    ".join(json.dumps(entry, allow_nan=False) for entry in entries)
@@ -180,6 +179,7 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest:
         """The manifest of a bank's folder; BankError if there is none, or it is not what was written."""
         path = folder / MANIFEST
+        check_inside(path)
         try:
             text = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
@@ -202,7 +202,7 @@ class Manifest:
         header = expect(data.get("header"), dict, "header")
         check_header(header)
         if not expect(data.get("complete"), bool, "complete"):
-            return cls(header, complete=False)
+            return cls(header, complete=False)._checked(data)
         files = tuple(_file(entry) for entry in expect(data.get("files"), list, "files"))
         numbers = block_numbers(header)
         if len(files) != len(numbers):
@@ -213,13 +213,17 @@ class Manifest:
         entries = expect(data.get("layers"), list, "layers")
         manifest = cls(header, True, files, tuple(BankLayer.from_json(x, len(header["labels"])) for x in entries))
         check_layers(manifest.layers, header)
+        return manifest._checked(data)
+
+    def _checked(self, data: Mapping[str, Any]) -> Self:
+        """This, if its fingerprint is the one in the file: it covers all but the three words before it."""
         fingerprint = expect(data.get("fingerprint"), str, "fingerprint")
-        if fingerprint != manifest.fingerprint:
+        if fingerprint != self.fingerprint:
             raise ValueError(
-                f"its content does not match its fingerprint: expected {manifest.fingerprint[:12]}, "
+                f"its content does not match its fingerprint: expected {self.fingerprint[:12]}, "
                 f"got {short(fingerprint[:12])}"
             )
-        return manifest
+        return self
 
     @property
     def _listed_files(self) -> list[dict[str, Any]]:
@@ -237,6 +241,12 @@ def is_manifest(path: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(data, dict) and data.get("format") == FORMAT
+
+
+def check_inside(path: Path) -> None:
+    """Raise BankError for a link that leads out of the bank's folder: whoever gave the bank chose where to."""
+    if path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve()):
+        raise BankError(f"{path} is a link that leads out of the bank; put the file itself there")
 
 
 def block_numbers(header: Mapping[str, Any]) -> range:

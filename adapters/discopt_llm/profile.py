@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from discopt.folder import write_atomic
+from discopt.sealed import SealError, sealed, unsealed
 from discopt.space import Levels
 from discopt_llm.errors import ProfileError, one_line, short
 from discopt_llm.profile_text import (
@@ -35,6 +36,7 @@ __all__ = ["BANK_UNITS", "BankReference", "Profile", "read_profile"]
 
 FORMAT = "discopt-profile"
 VERSION = 1
+EDITED = "search again, or give a profile written by hand as text: profile.txt of a run shows how"
 BANK_UNITS = ("layer", "runtime")  # a layer, or the layers that inference engines fuse
 
 
@@ -145,7 +147,7 @@ class Profile:
                 )
 
     def to_json(self) -> str:
-        """The file's content, a line for each unit."""
+        """The file's content, sealed, a line for each unit."""
         model = {"source": self.model_source, "fingerprint": self.model_fingerprint}
         head = {"format": FORMAT, "version": VERSION, "kind": self.kind, "unit": self.unit, "model": model}
         if self.banks:
@@ -153,23 +155,19 @@ class Profile:
         entries = [{"name": n, "level": x} for n, x in zip(self.names, self.levels.tolist(), strict=True)]
         for entry, label in zip(entries, self.labels, strict=False):
             entry["label"] = label
-        units = [json.dumps(entry) for entry in entries]
-        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+        whole = sealed({**head, "units": entries})
+        units = [json.dumps(entry) for entry in whole.pop("units")]
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in whole.items()]
         listed = ",\n    ".join(units)
         return "{\n  " + ",\n  ".join(lines) + ',\n  "units": [\n    ' + listed + "\n  ]\n}\n"
 
     @classmethod
     def from_json(cls, text: str, where: str = "profile") -> Profile:
-        """The inverse of `to_json`; raises ProfileError, beginning with `where`, for anything malformed."""
+        """The inverse of `to_json`; raises ProfileError, beginning with `where`, for anything else than it wrote."""
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ProfileError(f"{where}: not JSON: {one_line(error)}") from None
-        data = _expect(data, dict, where, "the file")
-        if data.get("format") != FORMAT:
-            raise ProfileError(f"{where}: expected format {FORMAT!r}, got {short(data.get('format'))}")
-        if data.get("version") != VERSION or isinstance(data["version"], bool):
-            raise ProfileError(f"{where}: expected version {VERSION}, got {short(data.get('version'))}")
+            data = unsealed(text, FORMAT, VERSION)
+        except SealError as error:
+            raise ProfileError(f"{where} {error.sentence(EDITED)}") from None
         model = _expect(data.get("model"), dict, where, "model")
         source = _expect(model.get("source"), str, where, "model's source")
         fingerprint = _expect(model.get("fingerprint"), str, where, "model's fingerprint")

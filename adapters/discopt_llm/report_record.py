@@ -5,7 +5,6 @@ Runs made before a file was introduced lack it; what that leaves unknown is None
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from discopt.encoding import plain
 from discopt.errors import RunFolderError
 from discopt.folder import RunFolder
+from discopt.lock import LOCK, OWNER
+from discopt.sealed import sealed_text
 from discopt.space import Levels
 from discopt_llm.errors import ProfileError
 from discopt_llm.profile import Profile, read_profile
@@ -109,7 +109,7 @@ class RunRecord:
             raise RunFolderError(str(error)) from error
         if not isinstance(profile, Profile):
             raise RunFolderError(f"{path / 'profile.json'} is not a profile of ours")
-        trace = folder.trace()
+        trace = folder.whole_trace()
         samples = Samples.from_json(folder.read_json("heldout.json")) if folder.has("heldout.json") else None
         if samples is not None and list(samples.methods) != [row["method"] for row in results["rows"]]:
             samples = None  # of an earlier part of a run that was stopped again before its table
@@ -122,7 +122,7 @@ class RunRecord:
             units=_units(folder, profile),
             samples=samples,
             moves=_moves(trace, profile.levels),
-            files=tuple(sorted({"results.json", *(p.name for p in path.iterdir() if p.is_file())})),
+            files=tuple(sorted({"results.json", *(p.name for p in path.iterdir() if p.is_file())} - {LOCK, OWNER})),
         )
 
     @property
@@ -148,9 +148,8 @@ class RunRecord:
 
 def samples_json(methods: Sequence[str], kl: NDArray[np.float64], nll: NDArray[np.float64]) -> str:
     """heldout.json: what each of k methods lost on each of s sequences, (k, s); the inverse is `Samples.from_json`."""
-    losses = {"kl": plain(kl, exact=False), "nll": plain(nll, exact=False)}
-    document = {"format": SAMPLES_FORMAT, "version": SAMPLES_VERSION, "methods": list(methods), **losses}
-    return json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
+    document = {"format": SAMPLES_FORMAT, "version": SAMPLES_VERSION, "methods": methods, "kl": kl, "nll": nll}
+    return sealed_text(document)
 
 
 def _units(folder: RunFolder, profile: Profile) -> Units:

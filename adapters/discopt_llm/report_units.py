@@ -5,7 +5,6 @@ Read without the model and the bank: a report can be made again where neither is
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -16,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from discopt.encoding import plain
 from discopt.errors import RunFolderError
+from discopt.sealed import sealed_text
 
 if TYPE_CHECKING:
     from discopt_llm.drop import DropLevels
@@ -140,7 +139,7 @@ class Units:
         tables = {name: getattr(self, name) for name in ("bytes", "kept", "weights")}
         fields = {name: getattr(self, name) for name in ("kind", "names", "places", "blocks", "labels")}
         document = {"format": FORMAT, "version": VERSION, **fields, **tables}
-        return json.dumps(plain(document, exact=False), ensure_ascii=False) + "\n"
+        return sealed_text(document)
 
     @classmethod
     def from_json(cls, data: Any) -> Self:

@@ -24,6 +24,7 @@ from discopt_llm.models import LoadedModel
 from discopt_llm.quantization import QuantizationSettings
 from discopt_llm.recipes import GgmlRecipe, QuantizationRecipe, Recipe, SolvedStack, SparsityRecipe
 from discopt_llm.sparsity import SparsitySettings
+from tests.documents import names
 from tests.llm.families import FAMILIES, VOCABULARY, tiny_tokenizer
 
 KINDS = ("quantization", "sparsity")
@@ -108,4 +109,4 @@ def stopped_after(blocks: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {name: (folder / name).read_bytes() for name in sorted(names(folder))}

@@ -17,7 +17,9 @@ import pytest
 from typer.testing import Result
 
 from discopt.folder import RunFolder
+from discopt_llm.bank_manifest import Manifest
 from discopt_llm.bank_search import QuantizeRequest, resume_quantize
+from tests.documents import read_document, replace_text
 from tests.llm.commands import STAGES, call, refusal, resume
 from tests.llm.families import tiny, tiny_tokenizer
 from tests.llm.searches import contents, run, snapshot
@@ -96,7 +98,7 @@ def test_a_search_ends_with_its_table(
     result = search(command, tmp_path / "run", *words, *given, "--json", "--baselines", "uniform,random")
     assert result.exit_code == 0, result.output
     results = json.loads(result.stdout)
-    assert results == json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results == read_document(tmp_path / "run" / "results.json")
     assert results["command"] == f"llm {command}"
     assert results["asked"] == {words[0].removeprefix("--"): str(words[1])}
     assert "search: generation" in result.stderr
@@ -114,11 +116,11 @@ def test_a_fresh_process_measures_what_the_run_reported(
     run_folder: Path, model_folder: Path, notes: Path, tmp_path: Path
 ) -> None:
     """From the run and its bank, from the text and a bank, and after both were moved."""
-    reported = json.loads((run_folder / "results.json").read_text())["rows"][-1]
+    reported = read_document(run_folder / "results.json")["rows"][-1]
     (bank,) = (run_folder.parent / "banks").iterdir()
     shutil.copytree(run_folder.parent, tmp_path / "moved")
     moved = tmp_path / "moved" / "run" / "profile.json"
-    moved.write_text(moved.read_text().replace(str(bank), "/nowhere/" + bank.name))
+    replace_text(moved, str(bank), "/nowhere/" + bank.name)
     asked = [
         [run_folder],
         [run_folder / "profile.txt", "--bank", bank],
@@ -145,7 +147,7 @@ def test_export_writes_a_quantized_student(run_folder: Path, tmp_path: Path) -> 
     shutil.copytree(run_folder, tmp_path / "alone" / "run")
     profile = tmp_path / "alone" / "run" / "profile.json"
     (bank,) = (run_folder.parent / "banks").iterdir()
-    profile.write_text(profile.read_text().replace(str(bank), "/nowhere/bank"))
+    replace_text(profile, str(bank), "/nowhere/bank")
     words = ["export", tmp_path / "alone" / "run", "--to", "hf", "--out", tmp_path / "second"]
     assert "is not at /nowhere/bank any more; say with --bank where it is" in refusal(call(*words))
     again = call(*words, "--bank", bank)
@@ -230,10 +232,8 @@ def test_wrong_banks_are_one_line(
     assert "block-00003.safetensors is missing" in refused(damaged)
     unfinished = tmp_path / "unfinished"
     shutil.copytree(damaged, unfinished)
-    manifest = json.loads((unfinished / "bank.json").read_text())
-    (unfinished / "bank.json").write_text(
-        json.dumps({key: manifest[key] for key in ("format", "version", "header")} | {"complete": False})
-    )
+    header = json.loads((unfinished / "bank.json").read_text())["header"]
+    (unfinished / "bank.json").write_text(Manifest(header, complete=False).to_json())
     assert "is unfinished: 7 of 8 blocks are built" in refused(unfinished)
     tiny("Llama", seed=5, num_hidden_layers=8).save_pretrained(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "other")

@@ -13,6 +13,7 @@ import pytest
 
 from discopt.encoding import checksum
 from discopt_llm.bank import Bank, BankWriter
+from discopt_llm.bank_manifest import Manifest
 from discopt_llm.errors import BankError
 from tests.llm.handmade import CPU, block_of, build, header
 
@@ -57,6 +58,22 @@ def test_every_changed_byte_of_the_manifest_is_refused(bank_folder: Path) -> Non
         (bank_folder / "bank.json").write_bytes(changed)
         with pytest.raises(BankError, match=r"bank\.json"):
             Bank.open(bank_folder, verify=False)
+
+
+def test_every_changed_byte_of_an_unfinished_manifest_is_refused_or_changes_nothing(tmp_path: Path) -> None:
+    build(tmp_path, stop=1)
+    data = (tmp_path / "bank.json").read_bytes()
+    before = Manifest.read(tmp_path)
+    refused = 0
+    for at in range(len(data)):
+        changed = bytearray(data)
+        changed[at] ^= 1 << (at % 8)
+        (tmp_path / "bank.json").write_bytes(changed)
+        try:
+            assert vars(Manifest.read(tmp_path)) == vars(before)
+        except BankError:
+            refused += 1
+    assert refused > 0.9 * len(data)
 
 
 @pytest.mark.parametrize("version", [0, 2, True, "1", None])
@@ -154,6 +171,18 @@ def test_a_file_name_that_is_not_the_blocks_own_is_refused(bank_folder: Path, na
     (bank_folder / "bank.json").write_text(json.dumps(signed(document)))
     with pytest.raises(BankError, match=r"bank\.json is damaged: the file of block 0 must be block-00000\.safetensors"):
         Bank.open(bank_folder)
+
+
+@pytest.mark.parametrize("name", ["bank.json", "block-00001.safetensors"])
+def test_a_link_out_of_the_bank_is_refused_and_one_inside_is_not(bank_folder: Path, name: str) -> None:
+    (bank_folder / name).rename(bank_folder / "inside")
+    (bank_folder / name).symlink_to("inside")
+    Bank.open(bank_folder)
+    (bank_folder / "inside").rename(bank_folder.parent / "outside")
+    (bank_folder / name).unlink()
+    (bank_folder / name).symlink_to("../outside")
+    with pytest.raises(BankError, match=f"{name} is a link that leads out of the bank; put the file itself there"):
+        Bank.open(bank_folder, verify=False)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +17,7 @@ from discopt_llm.errors import DataError, ProfileError
 from discopt_llm.models import load_model
 from discopt_llm.report import plot_levels
 from discopt_llm.students import read_student
+from tests.documents import read_document
 from tests.llm.families import tiny, tiny_tokenizer
 from tests.llm.searches import RUN_FILES, compared, labels, run
 
@@ -352,7 +352,7 @@ def test_a_run_leaves_its_folder(kind: str, request: pytest.FixtureRequest, tmp_
     results = run(replace(asked, group="runtime"), tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == RUN_FILES
-    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
+    assert read_document(tmp_path / "run" / "results.json") == results
     report = (tmp_path / "run" / "report.md").read_text()
     assert f"Asked: {asked.budget.words}" in report
     assert "| q_proj+k_proj+v_proj |" in report

@@ -12,6 +12,7 @@ import torch
 from typer.testing import Result
 
 from discopt_llm.drop_search import DropRequest
+from tests.documents import read_document
 from tests.llm.commands import STAGES, call, refusal, resume
 from tests.llm.families import tiny, tiny_tokenizer
 
@@ -58,7 +59,7 @@ def test_drop_ends_with_its_table(model_folder: Path, tmp_path: Path) -> None:
 
 def test_json_is_one_object_and_nothing_else(model_folder: Path, tmp_path: Path) -> None:
     result = drop(model_folder, tmp_path / "run", "--json")
-    assert json.loads(result.stdout) == json.loads((tmp_path / "run" / "results.json").read_text())
+    assert json.loads(result.stdout) == read_document(tmp_path / "run" / "results.json")
     assert "search: generation" in result.stderr
 
 
@@ -77,7 +78,7 @@ def test_eval_measures_a_run(model_folder: Path, run_folder: Path) -> None:
     result = call(*words, "--profile", run_folder, "--json")
     rows = json.loads(result.stdout)["rows"]
     assert [row["model"] for row in rows] == [str(model_folder), str(run_folder)]
-    assert rows[1]["kl"] == pytest.approx(json.loads((run_folder / "results.json").read_text())["rows"][-1]["kl"])
+    assert rows[1]["kl"] == pytest.approx(read_document(run_folder / "results.json")["rows"][-1]["kl"])
     assert "perplexity" in call(*words).stdout
 
 
@@ -96,7 +97,7 @@ def test_export_writes_what_transformers_loads(run_folder: Path, tmp_path: Path)
 
 def test_resume_of_a_finished_run_prints_its_table_again(run_folder: Path) -> None:
     result = resume(run_folder, "--json")
-    assert json.loads(result.stdout) == json.loads((run_folder / "results.json").read_text())
+    assert json.loads(result.stdout) == read_document(run_folder / "results.json")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from discopt_llm.compare_report import best_method, guarantee, paired, reached, 
 from discopt_llm.drop import DropLevels
 from discopt_llm.methods import METHODS, TASKS, Contender, Context, Found, Point
 from discopt_llm.request import Prepared
+from tests.documents import read_document
 from tests.llm.reference import kl, negative_log_likelihood, plain_losses
 from tests.llm.searches import snapshot
 
@@ -80,7 +81,7 @@ def test_every_method_of_a_task_meets_its_budget(
     report = (tmp_path / "c" / "report.md").read_text()
     assert all(METHODS[name].title in report for name in of_task)
     assert requests[task].command_line(tmp_path / "c") in report
-    assert results == json.loads((tmp_path / "c" / "results.json").read_text())
+    assert results == read_document(tmp_path / "c" / "results.json")
 
 
 def test_curves_end_in_what_the_search_found(requests: dict[str, CompareRequest], tmp_path: Path) -> None:
@@ -356,8 +357,8 @@ def test_the_command_ends_with_its_table(requests: dict[str, CompareRequest], tm
     assert "3 of 3: EvoPress (paper), seed 0" in result.stderr and "evopress: generation 2" in result.stderr
     again = call(*words, out, "--json", "--quiet")
     assert again.stderr == ""
-    assert json.loads(again.stdout) == json.loads((tmp_path / "c" / "results.json").read_text())
-    options = json.loads((tmp_path / "c" / "run.json").read_text())["options"]
+    assert json.loads(again.stdout) == read_document(tmp_path / "c" / "results.json")
+    options = read_document(tmp_path / "c" / "run.json")["options"]
     assert options == json.loads(json.dumps(asdict(request)))
 
 

@@ -29,6 +29,7 @@ from discopt_llm.heldout import standard_error
 from discopt_llm.models import ModelFiles, load_model
 from discopt_llm.sources import open_text
 from discopt_llm.students import read_student, student_
+from tests.documents import read_document
 from tests.llm.commands import call, refusal
 from tests.llm.families import tiny, tiny_tokenizer
 from tests.llm.reference import disagreement, kl, logits, negative_log_likelihood
@@ -121,9 +122,7 @@ def test_models_are_compared_with_the_first_one(model_folder: Path, other: Path)
 def test_the_student_of_a_run_is_compared_with_its_own_model(dropped: Path, model_folder: Path) -> None:
     model, student = rows_of(dropped)
     assert [row["model"] for row in (model, student)] == [str(model_folder), str(dropped)]
-    (reported,) = (
-        row for row in json.loads((dropped / "results.json").read_text())["rows"] if row["method"] == "evolved"
-    )
+    (reported,) = (row for row in read_document(dropped / "results.json")["rows"] if row["method"] == "evolved")
     loaded = load_model(str(model_folder))
     with student_(*read_student(str(dropped), loaded)):
         sequences = text_of("builtin")

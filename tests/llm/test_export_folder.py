@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from discopt.errors import RunFolderError
-from discopt_llm.export.folder import check_target, new_folder, set_aside
+from discopt.sealed import sealed_text, unsealed
+from discopt_llm.export.folder import check_target, new_file, new_folder, set_aside
 
 NOTE = "note.json"
 NEEDS_SIGNALS = pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL and locks on folders")
@@ -29,25 +30,35 @@ replace, left = os.replace, {"writing": 0, "moved": 1, "renamed": 2}[moment]
 def replace_then_die(source, to):
     global left
     replace(source, to)
-    left -= 1
-    left or die()
+    if not str(to).endswith(".owner"):
+        left -= 1
+        left or die()
 
 folder.os.replace = replace_then_die
 with folder.new_folder(target) as new:
-    (new / "note.json").write_text("new")
+    (new / "note.json").write_text(sys.argv[3])
     left or die()
 """
 
 
 def write(target: Path, text: str) -> None:
     with new_folder(target) as folder:
-        (folder / NOTE).write_text(text)
+        (folder / NOTE).write_text(note(text))
+
+
+def note(text: str) -> str:
+    return sealed_text({"text": text})
+
+
+def text_in(folder: Path) -> str:
+    return str(unsealed((folder / NOTE).read_bytes())["text"])
 
 
 def kill_at(moment: str, target: Path) -> None:
     """Let a process die while it replaces the target: `writing`, when the old one is `moved`, the new one `renamed`."""
     run = subprocess.run(
-        [sys.executable, "-c", KILLED, target, moment], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        [sys.executable, "-c", KILLED, target, moment, note("new")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert run.returncode == -signal.SIGKILL
 
@@ -55,7 +66,7 @@ def kill_at(moment: str, target: Path) -> None:
 def test_nothing_else_is_left(tmp_path: Path) -> None:
     for text in ("old", "new"):
         write(tmp_path / "out", text)
-        assert (tmp_path / "out" / NOTE).read_text() == text
+        assert text_in(tmp_path / "out") == text
         assert os.listdir(tmp_path) == ["out"]
 
 
@@ -67,13 +78,13 @@ def test_the_next_one_clears_up_after_a_killed_one(tmp_path: Path, moment: str, 
     out = tmp_path / "out"
     write(out, "old")
     kill_at(moment, out)
-    assert len([name for name in os.listdir(tmp_path) if name.startswith(".out.")]) == hidden
+    assert len([name for name in os.listdir(tmp_path) if name.endswith((".tmp", ".old"))]) == hidden
     with pytest.raises(RunFolderError, match="out exists already"):
         check_target(out, NOTE, force=False)
-    assert (out / NOTE).read_text() == text
+    assert text_in(out) == text
     check_target(out, NOTE, force=True)
     write(out, "newest")
-    assert (out / NOTE).read_text() == "newest"
+    assert text_in(out) == "newest"
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -85,17 +96,76 @@ def test_an_old_folder_is_never_removed_before_there_is_a_new_one(tmp_path: Path
     with pytest.raises(RunFolderError, match="cannot write"), new_folder(out):
         raise OSError(28, "No space left on device")
     check_target(out, NOTE, force=True)
-    assert (out / NOTE).read_text() == "old"
+    assert text_in(out) == "old"
 
 
-@NEEDS_SIGNALS
-def test_a_folder_that_is_being_written_is_left_alone(tmp_path: Path) -> None:
-    with new_folder(tmp_path / "out") as first:
-        (first / NOTE).write_text("first")
-        write(tmp_path / "out", "second")
-        assert (first / NOTE).read_text() == "first"
-    assert (tmp_path / "out" / NOTE).read_text() == "first"
+WRITING = """
+import sys
+from pathlib import Path
+from discopt_llm.export.folder import new_folder
+
+with new_folder(Path(sys.argv[1])) as new:
+    print("writing", flush=True)
+    (new / "note.json").write_text(sys.stdin.read())
+"""
+
+
+def test_a_folder_that_another_process_writes_is_left_to_it(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", WRITING, str(out)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "writing\n"
+        with pytest.raises(RunFolderError, match=rf"the place .*out is in use by process {process.pid} on "):
+            check_target(out, NOTE, force=True)
+        with pytest.raises(RunFolderError, match="is in use by process"):
+            write(out, "second")
+        process.communicate(note("first"))
+    assert text_in(out) == "first"
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_what_came_to_the_place_meanwhile_is_seen(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    check_target(out, NOTE, force=False)
+    write(out, "of another process")
+    with (
+        pytest.raises(RunFolderError, match="out exists already"),
+        new_folder(out, lambda: check_target(out, NOTE, force=False)),
+    ):
+        raise AssertionError
+    assert text_in(out) == "of another process"
+
+
+@pytest.mark.parametrize("damaged", ["", "{", '{"format": "discopt-hf", "version": 1}', '{"mine": 1}'])
+def test_a_folder_whose_note_is_not_ours_is_never_replaced(tmp_path: Path, damaged: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / NOTE).write_text(damaged)
+    with pytest.raises(RunFolderError, match=r"note\.json is (damaged: .*; remove .*out yourself|not ours)"):
+        check_target(out, NOTE, force=True)
+    assert (out / NOTE).read_text() == damaged
+
+
+def _fill_disk(target: Path) -> None:
+    with new_file(target) as file:
+        file.write_text("half")
+        raise OSError(28, "No space left on device")
+
+
+def test_a_new_file_clears_up_after_a_killed_process_and_nothing_else(tmp_path: Path) -> None:
+    kept = [".model.0123456789ab.txt", ".model.mine.gguf", ".other.0123456789ab.gguf", "model.0123456789ab.gguf"]
+    for name in (*kept, ".model.0123456789ab.gguf"):
+        (tmp_path / name).write_text("half")
+    with new_file(tmp_path / "model.gguf") as file:
+        file.write_text("whole")
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, "model.gguf"])
+    with pytest.raises(RunFolderError, match=r"cannot write .*model\.gguf: No space left"):
+        _fill_disk(tmp_path / "model.gguf")
+    assert (tmp_path / "model.gguf").read_text() == "whole"
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, "model.gguf"])
 
 
 @NEEDS_SIGNALS
@@ -115,7 +185,7 @@ def test_only_leftovers_of_the_same_target_are_removed(tmp_path: Path) -> None:
 
 def _write_wrongly(target: Path, content: str) -> None:
     with new_folder(target) as folder:
-        (folder / NOTE).write_text(content)
+        (folder / NOTE).write_text(note(content))
         assert set_aside(folder, target, NOTE) == target.with_name("out.unverified")
         raise ValueError(content)
 
@@ -126,7 +196,7 @@ def test_a_folder_set_aside_replaces_an_older_one_of_ours_and_nothing_else(tmp_p
         with pytest.raises(ValueError, match=content):
             _write_wrongly(target, content)
         assert os.listdir(tmp_path) == ["out.unverified"]
-        assert (kept / NOTE).read_text() == content
+        assert text_in(kept) == content
     (kept / NOTE).rename(kept / "mine")
     with pytest.raises(RunFolderError, match=r"out\.unverified is in the way"):
         _write_wrongly(target, "third")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from discopt_llm.errors import BankError, ProfileError
 from discopt_llm.models import load_model
 from discopt_llm.profile import Profile, read_profile
 from discopt_llm.students import read_bank_student, read_student
+from tests.documents import read_document
 from tests.llm.commands import STAGES, call, refusal
 from tests.llm.searches import compared, labels, run, snapshot
 
@@ -69,7 +69,7 @@ def test_a_profile_says_the_same_in_all_its_files(asked: QuantizeRequest, bank: 
     assert levels.names == profile.names
     text = str(tmp_path / "run" / "profile.txt")
     np.testing.assert_array_equal(read_student(text, model, banks=[bank])[1], found)
-    met = json.loads((tmp_path / "run" / "results.json").read_text())["met"]
+    met = read_document(tmp_path / "run" / "results.json")["met"]
     assert levels.bytes_of(model.model, found) == met["bytes"]
     wrong = re.sub("lm_head: .*", "lm_head: Q2_K", Path(text).read_text())
     (tmp_path / "wrong.txt").write_text(wrong)

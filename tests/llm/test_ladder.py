@@ -33,6 +33,7 @@ from discopt_llm.models import load_model
 from discopt_llm.objective import CompressionObjective
 from discopt_llm.request import SearchRequest
 from discopt_llm.students import read_student
+from tests.documents import read_document
 from tests.llm.commands import STAGES, call, refusal
 from tests.llm.searches import RUN_FILES, contents, snapshot
 
@@ -87,7 +88,7 @@ def dropped(shares: LadderRequest, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def results_of(folder: Path) -> Any:
-    return json.loads((folder / "results.json").read_text())
+    return read_document(folder / "results.json")
 
 
 # -- whole ladders -------------------------------------------------------------------------------------------------
@@ -114,7 +115,7 @@ def test_every_budget_gets_an_ordinary_run_and_a_row(bits: LadderRequest, whole:
 
 
 def test_a_search_begins_with_the_answer_below_it_and_that_raised(whole: Path) -> None:
-    low, middle = (json.loads((whole / name / "heuristics.json").read_text()) for name in ("2.5", "3"))
+    low, middle = (read_document(whole / name / "heuristics.json") for name in ("2.5", "3"))
     assert low["neighbours"] == []
     answer, higher = middle["neighbours"]
     below = results_of(whole / "2.5")
@@ -155,7 +156,7 @@ def test_dropping_makes_a_ladder(shares: LadderRequest, dropped: Path) -> None:
     assert [row["budget"] for row in results["rows"]] == ["dense", "12.5", "25", "50"]
     assert [point["met"]["mlp_dropped"] for point in results["points"]] == [1, 2, 4]
     assert results["rows"][1]["shortgpt_kl"] > 0
-    begun = json.loads((dropped / "25" / "heuristics.json").read_text())
+    begun = read_document(dropped / "25" / "heuristics.json")
     answer, higher = (np.array(neighbour["profile"]) for neighbour in begun["neighbours"])
     assert (answer <= higher).all() and answer.sum() + 4 == higher.sum()
     model = load_model(shares.options["model"])
@@ -180,7 +181,7 @@ def test_mixed_kinds_make_a_ladder(compress: Any, tmp_path: Path) -> None:
 
 def test_units_are_measured_once_for_all_budgets(whole: Path) -> None:
     results = results_of(whole)
-    measured = len(json.loads((whole / "heuristics.json").read_text())["values"])
+    measured = len(read_document(whole / "heuristics.json")["values"])
     units = len(results["points"][0]["profile"])
     assert units + 1 < measured < 3 * (units + 1)
     assert results["tokens"]["heuristics"] == 256 * measured
@@ -226,7 +227,7 @@ def test_a_bank_is_built_once_and_reaches_all_sparsities(sparsify: Any, tmp_path
     (bank,) = (tmp_path / "runs" / "banks").iterdir()
     for point, least in zip(results["points"], (0.5, 0.7), strict=True):
         assert least <= point["met"]["sparsity"] < least + 0.02
-        options = json.loads((tmp_path / "runs" / "l" / point["folder"] / "run.json").read_text())["options"]
+        options = read_document(tmp_path / "runs" / "l" / point["folder"] / "run.json")["options"]
         assert options["banks"] == [str(bank)]
         assert options["levels"] == 17  # said of a bank that is built
 
@@ -416,7 +417,7 @@ def test_commas_in_a_budget_make_a_ladder(shares: LadderRequest, tmp_path: Path)
     assert [line.split()[0] for line in lines[:5]] == ["budget", "dense", "12.5", "25", "50"]
     assert lines[-1] == f"write the model: discopt llm export {tmp_path / 'l' / '50'} --to hf --out MODEL"
     assert "2 of 3: a sparsity of 25%" in result.stderr and "25 (2 of 3): generation" in result.stderr
-    options = json.loads((tmp_path / "l" / "run.json").read_text())["options"]
+    options = read_document(tmp_path / "l" / "run.json")["options"]
     assert options == json.loads(json.dumps(asdict(shares)))
 
 
@@ -424,7 +425,7 @@ def test_json_is_all_that_a_ladder_prints(shares: LadderRequest, tmp_path: Path)
     shares = replace(shares, budgets=("0.25", "0.5"))
     result = call(*words(shares, tmp_path / "l"), "--json", "--quiet")
     assert result.exit_code == 0 and result.stderr == ""
-    assert json.loads(result.stdout) == json.loads((tmp_path / "l" / "results.json").read_text())
+    assert json.loads(result.stdout) == read_document(tmp_path / "l" / "results.json")
 
 
 def test_an_interrupted_ladder_says_how_to_go_on(

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from discopt.encoding import checksum
 from discopt.errors import RunFolderError
 from discopt_llm import profile as profile_module
 from discopt_llm.errors import ProfileError
@@ -20,10 +21,11 @@ from discopt_llm.profile_text import DROP_UNITS, Decisions, LayerLabels, labels_
 
 BANK = BankReference("banks/gptq", "b" * 64)
 OTHER_BANK = BankReference("banks/sparsegpt", "c" * 64)
-# As the first version of the program wrote it.
-OLD_FILE = b"""{
+# As the program writes it.
+FILE = b"""{
   "format": "discopt-profile",
   "version": 1,
+  "checksum": "5e2d059d26a384d4a2a1e723f922dd84e05b8a7af3e3ea0becf5daab59e5fab2",
   "kind": "drop",
   "unit": "block",
   "model": {"source": "a/model", "fingerprint": "0123"},
@@ -122,16 +124,16 @@ def test_every_profile_of_levels_from_banks_comes_back_from_its_text(
     assert same(Profile.from_json(profile.to_json()), profile)
 
 
-def test_a_file_of_the_first_version_is_read_and_written_as_before(tmp_path: Path) -> None:
+def test_a_file_of_this_version_is_read_and_written_as_before(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
-    path.write_bytes(OLD_FILE)
+    path.write_bytes(FILE)
     old = read_profile(path)
     assert isinstance(old, Profile)
     assert (old.kind, old.unit, old.model_source, old.model_fingerprint) == ("drop", "block", "a/model", "0123")
     assert (old.names, old.levels.tolist()) == (("model.layers.0", "model.layers.1"), [1, 0])
     assert (old.banks, old.labels) == ((), ())
     old.write(path)
-    assert path.read_bytes() == OLD_FILE
+    assert path.read_bytes() == FILE
 
 
 def test_the_file_says_which_banks_and_what_the_levels_stand_for() -> None:
@@ -145,7 +147,9 @@ def test_the_file_says_which_banks_and_what_the_levels_stand_for() -> None:
 
 
 def test_the_file_says_format_version_kind_unit_model_and_units() -> None:
-    assert json.loads(make().to_json()) == {
+    data = json.loads(make().to_json())
+    assert len(data.pop("checksum")) == 64
+    assert data == {
         "format": "discopt-profile",
         "version": 1,
         "kind": "drop",
@@ -272,12 +276,24 @@ def changed(*path: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def signed(data: Any) -> Any:
+    """With a checksum that fits, as somebody might who writes profiles by hand."""
+    content = {key: value for key, value in data.items() if key != "checksum"}
+    try:
+        return {**content, "checksum": checksum(content)}
+    except ValueError:  # NaN
+        return content
+
+
 def refuses(profile: Profile, change: Callable[[Any], None], message: str, path: Path) -> None:
-    """The file of a profile that was changed is refused in one line."""
+    """The file of a profile that was changed is refused in one line, with or without a checksum that fits."""
     data = json.loads(profile.to_json())
     change(data)
     path.write_text(json.dumps(data))
-    with pytest.raises(ProfileError, match=rf"profile\.json: .*{message}") as caught:
+    with pytest.raises(ProfileError, match=r"profile\.json (is|was) "):
+        read_profile(path)
+    path.write_text(json.dumps(signed(data)))
+    with pytest.raises(ProfileError, match=rf"profile\.json.*{message}") as caught:
         read_profile(path)
     assert "\n" not in str(caught.value)
 
@@ -285,11 +301,11 @@ def refuses(profile: Profile, change: Callable[[Any], None], message: str, path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (changed("format", to="other"), "expected format 'discopt-profile', got 'other'"),
-        (changed("format", to=...), "expected format 'discopt-profile', got None"),
-        (changed("version", to=2), "expected version 1, got 2"),
-        (changed("version", to=True), "expected version 1, got True"),
-        (changed("version", to=...), "expected version 1, got None"),
+        (changed("format", to="other"), "expected the format 'discopt-profile', got 'other'"),
+        (changed("format", to=...), "expected the format 'discopt-profile', got None"),
+        (changed("version", to=2), "written by a newer discopt .*; update discopt"),
+        (changed("version", to=True), "it has no format version"),
+        (changed("version", to=...), "it has no format version"),
         (changed("kind", to="prune"), "kind must be one of drop, quantization, sparsity, gguf, mixed, got 'prune'"),
         (changed("kind", to=["mixed"]), r"kind must be text, got \['mixed'\]"),
         (changed("kind", to=...), "kind must be text, got None"),
@@ -306,7 +322,7 @@ def refuses(profile: Profile, change: Callable[[Any], None], message: str, path:
         (changed("units", 1, "level", to=...), "level of unit 1 must be a whole number, got None"),
         (changed("units", 1, "level", to=True), "level of unit 1 must be a whole number, got True"),
         (changed("units", 1, "level", to=1.0), "level of unit 1 must be a whole number, got 1.0"),
-        (changed("units", 1, "level", to=float("nan")), "level of unit 1 must be a whole number, got nan"),
+        (changed("units", 1, "level", to=float("nan")), "it has no checksum"),
         (changed("units", 1, "level", to=2), "level of layers.0.mlp must be 0 to 1, got 2"),
         (changed("units", 1, "level", to=10**40), "too large"),
     ],
@@ -343,9 +359,9 @@ def test_a_damaged_file_of_levels_from_banks_is_refused(
     [
         (b"", "the profile is empty"),
         (b" \n\n", "the profile is empty"),
-        (b"{", "not JSON: Expecting property name"),
-        (b'{"a":' * 100_000, "not JSON: "),
-        (b'{"a": ' + b"9" * 5000 + b"}", "not JSON: Exceeds the limit"),
+        (b"{", "is damaged: it is not whole JSON .Expecting property name"),
+        (b'{"a":' * 100_000, "not whole JSON "),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not whole JSON .Exceeds the limit"),
         (b"none\n\xff\n", "not a profile: byte 5 is not UTF-8 text"),
         (b"[]", r"line 1: expected JSON, one of none, attn, .*, or a layer and its label such as .*, got '\[\]'"),
         (b"\nnone\n", r"line 1: expected JSON, .*, got ''"),
@@ -387,11 +403,11 @@ def damaged_profiles(draw: st.DrawFn) -> bytes:
     data = json.loads(good)
     if draw(st.booleans()):
         changed(*draw(st.sampled_from(PLACES)).split(), to=draw(JSON))(data)
-        return json.dumps(data).encode()
+        return json.dumps(signed(data)).encode()
     if draw(st.booleans()):
         field = draw(st.sampled_from([(), ("name",), ("level",), ("label",)]))
         changed("units", draw(st.integers(0, 2)), *field, to=draw(JSON))(data)
-        return json.dumps(data).encode()
+        return json.dumps(signed(data)).encode()
     cut = draw(st.integers(0, len(good)))
     return good[:cut] + draw(st.binary(max_size=2)) + good[cut + 1 :]
 

@@ -25,6 +25,7 @@ from discopt_llm.report_html import run_page
 from discopt_llm.report_maps import start_of
 from discopt_llm.report_record import RunRecord
 from discopt_llm.report_several import Comparison
+from tests.documents import change, lines, read_document, rewrite, rewrite_lines
 from tests.llm.commands import call, refusal
 from tests.llm.searches import run
 
@@ -95,10 +96,6 @@ def copied(runs: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
     return {name: Path(shutil.copytree(path, tmp_path / name)) for name, path in runs.items()}
 
 
-def change(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
 def page_of(path: Path) -> Page:
     return Page(run_page(RunRecord.read(path)))
 
@@ -107,14 +104,10 @@ def as_older(path: Path) -> Path:
     """The run as it was left before it kept what reports need."""
     for name in ("heldout.json", "units.json", "report.html"):
         (path / name).unlink()
-    results = json.loads((path / "results.json").read_text())
-    (path / "results.json").write_text(
-        json.dumps({k: v for k, v in results.items() if k not in ("settings", "command_line")})
-    )
-    lines = [json.loads(line) for line in (path / "trace.jsonl").read_text().splitlines()]
-    (path / "trace.jsonl").write_text(
-        "".join(json.dumps({k: v for k, v in line.items() if k != "moved"}) + "\n" for line in lines)
-    )
+    results = read_document(path / "results.json")
+    rewrite(path / "results.json", {k: v for k, v in results.items() if k not in ("settings", "command_line")})
+    trace = path / "trace.jsonl"
+    rewrite_lines(trace, [{k: v for k, v in line.items() if k != "moved"} for line in lines(trace)])
     return path
 
 
@@ -150,7 +143,7 @@ def test_the_command_makes_the_page_that_the_run_left(copied: dict[str, Path], k
 
 
 def test_the_report_has_the_question_the_answer_and_the_way_back(runs: dict[str, Path]) -> None:
-    results = json.loads((runs["quantize"] / "results.json").read_text())
+    results = read_document(runs["quantize"] / "results.json")
     page = page_of(runs["quantize"])
     assert "Asked: an average of 3 bits." in page.text
     assert results["command_line"] in page.text
@@ -164,23 +157,23 @@ def test_the_report_has_the_question_the_answer_and_the_way_back(runs: dict[str,
         assert page.words.count(row["method"]) >= 1
     for measure, shown in (("bits", "{:.3f}"), ("bpw", "{:.3f}"), ("size", "{:.4f}"), ("bytes", "{:,}")):
         assert shown.format(results["met"][measure]) in page.text
-    for name, version in json.loads((runs["quantize"] / "run.json").read_text())["versions"].items():
+    for name, version in read_document(runs["quantize"] / "run.json")["versions"].items():
         assert f"{name} {version}" in page.text
 
 
 def test_the_intervals_are_those_of_the_sequences(copied: dict[str, Path]) -> None:
     path = copied["quantize"] / "heldout.json"
-    data = json.loads(path.read_text())
-    rows = json.loads((copied["quantize"] / "results.json").read_text())["rows"]
+    data = read_document(path)
+    rows = read_document(copied["quantize"] / "results.json")["rows"]
     assert data["methods"] == [row["method"] for row in rows]
     assert [np.mean(kl) for kl in data["kl"]] == pytest.approx([row["kl"] for row in rows])
     assert [np.exp(np.mean(nll)) for nll in data["nll"]] == pytest.approx([row["perplexity"] for row in rows])
     found, uniform = data["methods"].index("evolved"), data["methods"].index("uniform")
     data["kl"][uniform] = [value + 0.5 for value in data["kl"][found]]
-    path.write_text(json.dumps(data))
+    rewrite(path, data)
     assert "better −0.5 [−0.5, −0.5]" in page_of(copied["quantize"]).text
     data["kl"][uniform] = [value - 0.25 for value in data["kl"][found]]
-    path.write_text(json.dumps(data))
+    rewrite(path, data)
     text = page_of(copied["quantize"]).text
     assert "worse +0.25 [+0.25, +0.25]" in text
     assert re.search(r"the profile found is [^.]*worse than uniform", text)
@@ -214,15 +207,14 @@ def test_the_moves_begin_at_the_start_and_end_at_the_answer(runs: dict[str, Path
 
 def test_moves_that_do_not_end_at_the_answer_are_not_shown(copied: dict[str, Path]) -> None:
     path = copied["quantize"] / "trace.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    lines[-1]["moved"] = [[0, 1, 99]]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    *before, last = lines(path)
+    rewrite_lines(path, [*before, {**last, "moved": [[0, 1, 99]]}])
     assert RunRecord.read(copied["quantize"]).moves is None
 
 
 @pytest.mark.parametrize("kind", ["quantize", "drop", "mixed"])
 def test_an_older_run_has_a_report_that_says_what_is_missing(copied: dict[str, Path], kind: str) -> None:
-    before = json.loads((copied[kind] / "units.json").read_text())
+    before = read_document(copied[kind] / "units.json")
     record = RunRecord.read(as_older(copied[kind]))
     assert [[list(place) for place in places] for places in record.units.places] == before["places"]
     page = page_of(copied[kind])
@@ -245,19 +237,19 @@ def test_a_run_that_was_stopped_says_so(runs: dict[str, Path]) -> None:
 
 def test_losses_of_an_earlier_table_are_left_out(copied: dict[str, Path]) -> None:
     path = copied["quantize"] / "heldout.json"
-    change(path, methods=["another", *json.loads(path.read_text())["methods"][1:]])
+    change(path, methods=["another", *read_document(path)["methods"][1:]])
     assert RunRecord.read(copied["quantize"]).samples is None
 
 
 def test_names_cannot_put_anything_into_the_page(copied: dict[str, Path]) -> None:
     path = copied["quantize"]
-    request = json.loads((path / "run.json").read_text())
+    request = read_document(path / "run.json")
     change(path / "run.json", options={**request["options"], "model": HOSTILE, "calibration": HOSTILE})
-    results = json.loads((path / "results.json").read_text())
+    results = read_document(path / "results.json")
     results["rows"][1]["method"] = HOSTILE
     change(path / "results.json", rows=results["rows"], command_line=HOSTILE)
     change(path / "heldout.json", methods=[row["method"] for row in results["rows"]])
-    units, profile = json.loads((path / "units.json").read_text()), json.loads((path / "profile.json").read_text())
+    units, profile = read_document(path / "units.json"), read_document(path / "profile.json")
     units["names"][0] = profile["units"][0]["name"] = units["places"][0][0][1] = HOSTILE
     change(path / "units.json", **units)
     change(path / "profile.json", **profile)
@@ -270,8 +262,8 @@ def test_names_cannot_put_anything_into_the_page(copied: dict[str, Path]) -> Non
 
 def test_what_is_not_finite_does_not_break_the_report(copied: dict[str, Path]) -> None:
     path = copied["quantize"]
-    data = json.loads((path / "heldout.json").read_text())
-    rows = json.loads((path / "results.json").read_text())["rows"]
+    data = read_document(path / "heldout.json")
+    rows = read_document(path / "results.json")["rows"]
     for table in (data["kl"], data["nll"]):
         table[1] = [None] * len(table[1])
     rows[1] |= {"kl": None, "kl_error": None, "perplexity": None, "agreement": None}
@@ -293,9 +285,9 @@ def test_what_is_no_run_of_a_search_is_refused(copied: dict[str, Path], tmp_path
     assert "nothing does not exist" in refusal(call("report", tmp_path / "nothing"))
     (copied["drop"] / "results.json").unlink()
     assert "has no results yet; finish it with: discopt resume" in refusal(call("report", copied["drop"]))
-    results = json.loads((copied["mixed"] / "results.json").read_text())
+    results = read_document(copied["mixed"] / "results.json")
     del results["heldout"], results["stop"]
-    (copied["mixed"] / "results.json").write_text(json.dumps(results))
+    rewrite(copied["mixed"] / "results.json", results)
     assert "results.json is damaged: it has no heldout, stop" in refusal(call("report", copied["mixed"]))
     (copied["mixed"] / "profile.json").unlink()
     assert "is no run of a search over a language model" in refusal(call("report", copied["mixed"]))
@@ -318,7 +310,7 @@ def test_several_runs_are_a_table_and_a_picture(runs: dict[str, Path], tmp_path:
     out = tmp_path / "new" / "sizes.html"
     result = call("report", runs["quantize"], runs["drop"], runs["mixed"], "--out", out)
     lines = result.stdout.splitlines()
-    rows = {name: json.loads((runs[name] / "results.json").read_text())["rows"] for name in ("quantize", "drop")}
+    rows = {name: read_document(runs[name] / "results.json")["rows"] for name in ("quantize", "drop")}
     assert f"{rows['quantize'][-1]['bytes']:,}" in lines[1]
     assert "25.0% of the blocks dropped" in lines[2]
     assert lines[-1] == f"report: {out}"
@@ -331,7 +323,7 @@ def test_several_runs_are_a_table_and_a_picture(runs: dict[str, Path], tmp_path:
 def test_the_sizes_are_shares_of_each_runs_own_dense_model(runs: dict[str, Path]) -> None:
     found = Comparison.of([runs["quantize"], runs["drop"]]).to_dict()["rows"]
     for row, name in zip(found, ("quantize", "drop"), strict=True):
-        table = json.loads((runs[name] / "results.json").read_text())["rows"]
+        table = read_document(runs[name] / "results.json")["rows"]
         assert row["size"] == table[-1]["bytes"] / table[0]["bytes"] < 1
         assert row["kl_interval"][0] <= row["kl"] <= row["kl_interval"][1]
 
@@ -341,7 +333,7 @@ def test_the_front_has_what_no_other_beats(copied: dict[str, Path]) -> None:
         path = copied["drop"].parent / name
         shutil.copytree(copied["drop"], path)
         (path / "heldout.json").unlink()
-        rows: list[Mapping[str, Any]] = json.loads((path / "results.json").read_text())["rows"]
+        rows: list[Mapping[str, Any]] = read_document(path / "results.json")["rows"]
         dense = rows[0]["bytes"]
         change(
             path / "results.json",
@@ -360,7 +352,7 @@ def test_runs_that_do_not_compare_are_told_apart(copied: dict[str, Path]) -> Non
     paths = [copied["quantize"], copied["drop"], copied["interrupted"]]
     (missing,) = Comparison.of(paths).warnings()
     assert missing == f"Not measured on held-out text, since not finished: {copied['interrupted']}."
-    request = json.loads((copied["drop"] / "run.json").read_text())
+    request = read_document(copied["drop"] / "run.json")
     change(copied["drop"] / "run.json", model={**request["model"], "fingerprint": "another"})
     change(copied["drop"] / "results.json", heldout={"source": "other", "tokens": 7})
     said = Comparison.of(paths).warnings()

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import random
 import signal
@@ -28,6 +27,7 @@ from discopt_llm.models import load_model
 from discopt_llm.objective import CompressionObjective
 from discopt_llm.request import Prepared
 from discopt_llm.students import read_student
+from tests.documents import read_document
 from tests.llm.families import tiny, tiny_tokenizer
 from tests.llm.reference import PlainObjective
 from tests.llm.searches import RUN_FILES, run
@@ -44,7 +44,7 @@ def test_a_run_leaves_its_folder(request_: DropRequest, tmp_path: Path) -> None:
     results = run(request_, tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == RUN_FILES
-    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
+    assert read_document(tmp_path / "run" / "results.json") == results
     assert [row["method"] for row in results["rows"]] == ["dense", *BASELINES.values(), "evolved"]
     assert results["met"] == {"attention_dropped": 2, "mlp_dropped": 2, "blocks": 8}
     report = (tmp_path / "run" / "report.md").read_text()

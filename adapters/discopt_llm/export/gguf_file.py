@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from numpy.typing import NDArray
 from discopt.errors import RunFolderError
 from discopt_llm.bank_forms import Ggml
 from discopt_llm.errors import ModelError
-from discopt_llm.export.folder import os_message, set_aside
+from discopt_llm.export.folder import new_file, set_aside
 from discopt_llm.export.gguf_contents import DTYPES, Contents, Stored, contents_of_file, contents_of_model, write
 from discopt_llm.export.gguf_families import family_of, value
 from discopt_llm.export.gguf_layout import Layout, Place
@@ -105,7 +103,7 @@ def write_gguf(
     rounded = DTYPES[dtype] if gguf_file_of(loaded.source) is None else None
     readers: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
-    with _new_file(target) as file:
+    with new_file(target, lambda: _target(out, force=force)) as file:
         write(contents, file)
         if verify:
             try:
@@ -199,22 +197,3 @@ def _is_ours(path: Path) -> bool:
     except (OSError, ValueError, KeyError, IndexError):
         return False
     return field is not None and field.contents() == FORMAT
-
-
-@contextmanager
-def _new_file(target: Path) -> Iterator[Path]:
-    """A file beside `target` that takes its place at the end; after an error it is gone and `target` as before."""
-    file = target.parent / f".{target.stem}.{os.urandom(6).hex()}{SUFFIX}"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield file
-        with open(file, "r+b") as written:
-            os.fsync(written.fileno())
-        os.replace(file, target)
-    except BaseException as error:
-        with suppress(OSError):
-            file.unlink()
-        message = os_message(error)
-        if message is None:
-            raise
-        raise RunFolderError(f"cannot write {target}: {message}") from error

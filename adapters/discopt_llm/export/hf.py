@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from discopt.sealed import sealed_text
 from discopt_llm.errors import ModelError
 from discopt_llm.export.folder import check_target, new_folder, set_aside, size
 from discopt_llm.export.plan import Plan, count, plans
@@ -182,7 +183,11 @@ def write_checkpoint(
     if getattr(loaded.model.config, "quantization_config", None) is not None:
         raise ModelError(f"{loaded.source} is quantized; a checkpoint can be written of floating-point weights only")
     target = Path(out).resolve() if os.path.islink(out) else Path(out)
-    check_target(target, NOTE, force=force)
+
+    def check() -> None:
+        check_target(target, NOTE, force=force)
+
+    check()
     layout = layout or Dense()
     weights = replaced or {}
     origin = _Origin(loaded.source, loaded.fingerprint)  # before other weights are in the model
@@ -197,7 +202,7 @@ def write_checkpoint(
                 stack.enter_context(weights_replaced_(loaded.model, weights))
                 if verify and student is None:
                     student = Student.of(loaded, decisions)
-                with new_folder(target) as folder:
+                with new_folder(target, check) as folder:
                     remarks = _save(loaded, origin, plan, form, layout, folder)
                     stack.close()  # loading what was written needs the memory of the replaced weights
                     if student is not None:
@@ -347,7 +352,7 @@ def _note(origin: _Origin, plan: Plan, form: str) -> str:
         "zeroed": [plan.renamed(part.name) for part in plan.zeroed],
         "replaced": {"what": plan.what, "parameters": list(plan.written)},
     }
-    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    return sealed_text(document, indent=2)
 
 
 def _card(origin: _Origin, plan: Plan, form: str, silent: str, remarks: Sequence[str]) -> str:
