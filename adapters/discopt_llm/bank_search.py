@@ -37,6 +37,7 @@ from discopt_llm.report import levels_listing, met_words, plot_levels
 from discopt_llm.request import STARTS, Prepared, Say, SearchRequest, Task
 from discopt_llm.search import feasible_start, resume
 from discopt_llm.students import open_banks, read_bank_student
+from discopt_llm.workers import spread_over
 
 DROP = "drop"
 KINDS = (DROP, "sparsity", "quantization")  # that mix
@@ -165,7 +166,8 @@ class BankSearchRequest(SearchRequest):
             )
             folder = default_folder(plan, out.parent)
             say(f"bank: {folder}")
-            banks.append(build_bank(plan, folder, quiet=quiet))
+            spread = spread_over(self, say, trust_remote_code=self.trust_remote_code)
+            banks.append(build_bank(plan, folder, quiet=quiet, say=say, spread=spread))
         return banks
 
     def _expected(self, loaded: LoadedModel) -> Genome:

@@ -18,11 +18,13 @@ from discopt_llm.build import DENSE, BankPlan, build_bank
 from discopt_llm.calibration import load_calibration
 from discopt_llm.export.folder import size
 from discopt_llm.layers import Layer, layers_for
-from discopt_llm.models import LoadedModel, load_model
+from discopt_llm.means import Means
+from discopt_llm.models import LoadedModel, load_model, parse_device
 from discopt_llm.quantization import QuantizationSettings
 from discopt_llm.recipes import GgmlRecipe, QuantizationRecipe, Recipe, SparsityRecipe
 from discopt_llm.request import sequence_length
 from discopt_llm.sparsity import SparsitySettings
+from discopt_llm.workers import spread_over
 
 __all__ = [
     "METHODS",
@@ -47,7 +49,7 @@ OPTIONS = {  # that not all kinds have, as BankRequest has them
 
 
 @dataclass(frozen=True, kw_only=True)
-class BankRequest:
+class BankRequest(Means):
     """What was asked of `discopt llm bank`, one field per option.
 
     Raises ValueError for values that make no sense, BankError for types of ggml that cannot be made here.
@@ -76,6 +78,7 @@ class BankRequest:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kind not in METHODS:
             raise ValueError(f"kind must be one of {', '.join(METHODS)}, got {self.kind!r}")
         if self.method is not None and self.method not in METHODS[self.kind]:
@@ -230,6 +233,11 @@ def make_bank(request: BankRequest, out: Path, *, force: bool, quiet: bool, say:
     """Load the model and build a bank of it; where that very bank is there already, say so and open it."""
     say(f"loading {request.model}")
     loaded = load_model(
-        request.model, device=request.device, dtype=request.dtype, trust_remote_code=request.trust_remote_code
+        request.model,
+        device=request.device,
+        dtype=request.dtype,
+        trust_remote_code=request.trust_remote_code,
+        memory=request.bounds_here(parse_device(request.device)),
     )
-    return build_bank(bank_plan(request, loaded), out, force=force, quiet=quiet, say=say)
+    spread = spread_over(request, say, trust_remote_code=request.trust_remote_code)
+    return build_bank(bank_plan(request, loaded), out, force=force, quiet=quiet, say=say, spread=spread)

@@ -6,14 +6,16 @@ the dense block's outputs (`propagate` "dense"), which that same pass gives, or 
 levels, which take a second one (EvoPress uses the dense ones for sparsity and 3 bits for quantization). What comes
 out of the last block goes into the head, where that has levels, or into the embedding that is tied to it; an embedding
 that is not has no inputs: its errors are those of its rows. A build that was stopped goes on after the last block it
-wrote: the inputs are brought there again, and nothing is solved twice.
+wrote: the inputs are brought there again, and nothing is solved twice. Where the dense model makes the inputs, blocks
+do not depend on each other, and other processes may solve them.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -39,9 +41,10 @@ from discopt_llm.models import LoadedModel
 from discopt_llm.quantization import Quantized
 from discopt_llm.recipes import Recipe, SolvedStack
 from discopt_llm.replay import weights_replaced_
+from discopt_llm.residency import on_device_
 from discopt_llm.sparsity import outlier_share
 
-__all__ = ["BankPlan", "build_bank"]
+__all__ = ["BankPlan", "BlockSolver", "SolvedBlock", "Spread", "build_bank"]
 
 DENSE = "dense"
 OWL_MULTIPLES = (3.0, 5.0, 7.0, 10.0)  # a weight counts as an outlier above so many times the mean (OWL)
@@ -109,59 +112,60 @@ class BankPlan:
         """Embedding and head, where they have levels; the last of them reads the last hidden states."""
         return tuple(layer for layer in self.layers if layer.kind in ("embedding", "head"))
 
+    @property
+    def head(self) -> int | None:
+        """The number of the block that reads the last hidden states; EMBEDDING where that is tied, None without."""
+        return self.ends[-1].block if self.ends else None
+
+    def reached(self, number: int) -> int | None:
+        """How many blocks of the model the text goes through to come to a block of the bank; None: it takes no text."""
+        if number == self.head:
+            return len(self.loaded.anatomy.blocks)
+        return None if number == EMBEDDING else number
+
+
+SolvedBlock = tuple[Sequence[BankLayer], Mapping[tuple[str, int], StoredForm]]  # layers, forms by name and level
+Spread = Callable[[BankPlan, Sequence[int]], Iterable[tuple[int, SolvedBlock]]]  # blocks by number, as asked for
+
 
 def build_bank(
-    plan: BankPlan, out: Path, *, force: bool = False, quiet: bool = False, say: Callable[[str], None] = _log.info
+    plan: BankPlan,
+    out: Path,
+    *,
+    force: bool = False,
+    quiet: bool = False,
+    say: Callable[[str], None] = _log.info,
+    spread: Spread | None = None,
 ) -> Bank:
     """Build a bank, or go on with one that was stopped; a finished one of the same plan is opened as it is.
 
-    say: is told where there was nothing to build.
+    say: is told where there was nothing to build, and where `spread` cannot help.
+    spread: solves the blocks instead of this process, where they do not depend on each other; to the same bytes.
 
     Raises BankError where something else is at `out`, RunFolderError if it cannot be written.
     """
     if not force and (found := _finished(plan, out)) is not None:
         say(f"{out} is there already, built with the same options")
         return found
+    if spread is not None and plan.propagate != DENSE:
+        say(
+            "this bank is built by one process: a block's inputs come from the blocks before it at level "
+            f"{plan.propagate}; workers can share the blocks of a bank whose inputs are the dense model's"
+        )
+        spread = None
     writer = BankWriter.begin(out, plan.header, force=force)
-    # Throughout, so that the inputs of a build that goes on are those of one that was never stopped, to the last bit.
-    with eager_experts_(plan.loaded.model):
-        _build_missing(plan, writer, quiet=quiet)
+    missing = sorted({*block_numbers(plan.header)} - writer.finished, key=lambda block: (block == plan.head, block))
+    if missing and spread is not None:
+        with task("bank", len(missing), unit="blocks", quiet=quiet) as progress:
+            for number, solved in spread(plan, missing):
+                writer.write_block(number, *solved)
+                progress.advance()
+    elif missing:
+        solver = BlockSolver(plan, None if plan.propagate == DENSE else writer)
+        with task("bank", solver.steps(missing), quiet=quiet) as progress:
+            for number in missing:
+                writer.write_block(number, *solver.solve(number, progress))
     return writer.finish()
-
-
-def _build_missing(plan: BankPlan, writer: BankWriter, *, quiet: bool) -> None:
-    """Build the blocks that are not written yet; the text runs no further than through the last of them."""
-    blocks = plan.loaded.anatomy.blocks
-    missing = {*block_numbers(plan.header)} - writer.finished
-    if not missing:
-        return
-    head = next((layer.block for layer in plan.ends[-1:] if layer.block in missing), None)
-    if EMBEDDING in missing and head != EMBEDDING:
-        _write(plan, writer, EMBEDDING, None)
-    solved = [block.index for block in blocks if block.index in missing]
-    if not solved and head is None:
-        return
-    inputs = _Inputs.embedded(plan)
-    dense = plan.propagate == DENSE
-    last = len(blocks) if head is not None else solved[-1]  # whose inputs are needed
-    passes = (len(blocks[: last + 1]) if dense else len(solved) + last) + (head is not None)
-    steps = passes * len(inputs.batches) + (len(solved) + (head is not None)) * _SOLVE_STEPS
-    with task("bank", steps, quiet=quiet) as progress:
-        for block in blocks[: last + 1]:
-            mine = [layer for layer in plan.layers if layer.block == block.index]
-            if block.index in missing:
-                with collecting_(plan.loaded.model, mine) as sums:
-                    inputs.advance_(block, progress, keep=dense)
-                _write(plan, writer, block.index, sums)
-                progress.advance(_SOLVE_STEPS)
-            elif dense:
-                inputs.advance_(block, progress, keep=True)
-            if not dense and block.index < last:
-                with weights_replaced_(plan.loaded.model, _level_weights(plan, writer, mine)):
-                    inputs.advance_(block, progress, keep=True)
-        if head is not None:
-            _write(plan, writer, head, {0: (inputs.last_sum(plan, progress),)})
-            progress.advance(_SOLVE_STEPS)
 
 
 def _finished(plan: BankPlan, out: Path) -> Bank | None:
@@ -172,30 +176,92 @@ def _finished(plan: BankPlan, out: Path) -> Bank | None:
     return Bank.open(out) if manifest.complete and manifest.header == plain(plan.header, exact=True) else None
 
 
+class BlockSolver:
+    """Solves blocks of a bank, in any order; the text goes through the model as far as they need it.
+
+    written: has the blocks whose levels make the inputs of those after them; None: the dense model makes them. Going
+        back to an earlier block takes the text to the beginning again.
+    """
+
+    def __init__(self, plan: BankPlan, written: BankWriter | None = None) -> None:
+        self.plan, self._written = plan, written
+        self._batches = _batches(plan)
+        self._inputs: _Inputs | None = None
+        self._at = 0  # the block that the text has come to
+
+    def steps(self, numbers: Sequence[int]) -> int:
+        """Of the progress bar, to solve these blocks in the order of the model."""
+        blocks = len(self.plan.loaded.anatomy.blocks)
+        reached = [place for number in numbers if (place := self.plan.reached(number)) is not None]
+        last, collected = max(reached, default=-1), sum(place < blocks for place in reached)
+        passes = min(last + 1, blocks) if self._written is None else max(last, 0) + collected
+        return (passes + (last == blocks)) * len(self._batches) + len(numbers) * _SOLVE_STEPS
+
+    @torch.no_grad()
+    def solve(self, number: int, progress: Task) -> SolvedBlock:
+        """A block's layers with their errors, and the forms of all their levels."""
+        plan, model = self.plan, self.plan.loaded.model
+        blocks, place = plan.loaded.anatomy.blocks, plan.reached(number)
+        sums: Mapping[int, Sequence[InputSum]] | None = None
+        # In one way throughout, so that the inputs of a build that goes on, or is spread over several processes, are
+        # those of one that was never stopped, to the last bit.
+        with ExitStack() as stack:
+            stack.enter_context(eager_experts_(model))
+            if place is not None:
+                inputs = self._brought(place, progress)
+                if place == len(blocks):
+                    sums = {0: (inputs.last_sum(plan, progress),)}
+                else:
+                    stack.enter_context(on_device_(blocks[place].module))
+                    with collecting_(model, self._layers(place)) as sums:
+                        inputs.advance_(blocks[place], progress, keep=self._written is None)
+                    self._at += self._written is None
+            solved = _solved(plan, number, sums)
+        progress.advance(_SOLVE_STEPS)
+        return solved
+
+    def _brought(self, place: int, progress: Task) -> _Inputs:
+        """The text, before this block of the model."""
+        if self._inputs is None or self._at > place:
+            self._inputs, self._at = _Inputs.embedded(self.plan, self._batches), 0
+        for block in self.plan.loaded.anatomy.blocks[self._at : place]:
+            with on_device_(block.module), self._as_written_(block.index):
+                self._inputs.advance_(block, progress, keep=True)
+            self._at += 1
+        return self._inputs
+
+    def _as_written_(self, block: int) -> AbstractContextManager[None]:
+        """The block as it makes the inputs of the next, while inside."""
+        if self._written is None:
+            return nullcontext()
+        weights = _level_weights(self.plan, self._written, self._layers(block))
+        return weights_replaced_(self.plan.loaded.model, weights)
+
+    def _layers(self, block: int) -> list[Layer]:
+        return [layer for layer in self.plan.layers if layer.block == block]
+
+
 class _Inputs:
     """The calibration text on its way through the model: what goes into the next block, held once, on the CPU."""
 
-    def __init__(self, hidden: Tensor, arguments: Sequence[Arguments], batch: int, device: torch.device) -> None:
-        self.hidden, self.arguments, self.device = hidden, arguments, device
-        self.batches = [slice(i, i + batch) for i in range(0, len(hidden), batch)]
+    def __init__(
+        self, hidden: Tensor, arguments: Sequence[Arguments], batches: Sequence[slice], device: torch.device
+    ) -> None:
+        self.hidden, self.arguments, self.batches, self.device = hidden, arguments, batches, device
 
     @classmethod
-    @torch.no_grad()
-    def embedded(cls, plan: BankPlan) -> _Inputs:
+    def embedded(cls, plan: BankPlan, batches: Sequence[slice]) -> _Inputs:
         """What goes into the first block."""
         loaded, sequences = plan.loaded, plan.calibration.sequences
-        kind = "cpu" if loaded.device.type == "cpu" else "cuda"
-        batch = max(1, TOKENS_PER_CALL[kind] // plan.calibration.sequence_length)
         hidden = torch.empty(0)
         arguments: Sequence[Arguments] = ()
-        for start in range(0, len(sequences), batch):
-            part, arguments = embed(loaded.model, loaded.anatomy, sequences[start : start + batch].to(loaded.device))
-            if not start:
+        for batch in batches:
+            part, arguments = embed(loaded.model, loaded.anatomy, sequences[batch].to(loaded.device))
+            if not batch.start:
                 hidden = torch.empty((len(sequences), *part.shape[1:]), dtype=part.dtype)
-            hidden[start : start + batch] = part
-        return cls(hidden, arguments, batch, loaded.device)
+            hidden[batch] = part
+        return cls(hidden, arguments, batches, loaded.device)
 
-    @torch.no_grad()
     def advance_(self, block: Block, progress: Task, *, keep: bool) -> None:
         """Run a block on all of it; with `keep` its outputs take the inputs' place."""
         for batch in self.batches:
@@ -204,7 +270,6 @@ class _Inputs:
                 self.hidden[batch] = output
             progress.advance()
 
-    @torch.no_grad()
     def last_sum(self, plan: BankPlan, progress: Task) -> InputSum:
         """The second moment of what the head reads, once all blocks have run."""
         total: InputSum | None = None
@@ -215,6 +280,13 @@ class _Inputs:
             progress.advance()
         assert total is not None
         return total
+
+
+def _batches(plan: BankPlan) -> list[slice]:
+    """The sequences of the text that run through a block at a time."""
+    kind = "cpu" if plan.loaded.device.type == "cpu" else "cuda"
+    batch = max(1, TOKENS_PER_CALL[kind] // plan.calibration.sequence_length)
+    return [slice(i, i + batch) for i in range(0, len(plan.calibration.sequences), batch)]
 
 
 def _level_weights(plan: BankPlan, writer: BankWriter, layers: Sequence[Layer]) -> dict[str, Tensor]:
@@ -228,9 +300,8 @@ def _level_weights(plan: BankPlan, writer: BankWriter, layers: Sequence[Layer]) 
     }
 
 
-@torch.no_grad()
-def _write(plan: BankPlan, writer: BankWriter, block: int, sums: Mapping[int, Sequence[InputSum]] | None) -> None:
-    """Solve all levels of a block and write them; `sums` are by the number of the input, None where there is none."""
+def _solved(plan: BankPlan, block: int, sums: Mapping[int, Sequence[InputSum]] | None) -> SolvedBlock:
+    """Solve all levels of a block; `sums` are by the number of the input, None where there is none."""
     layers = [layer for layer in plan.layers if layer.block == block]
     forms: dict[tuple[str, int], StoredForm] = {}
     described: dict[int, BankLayer] = {}
@@ -247,7 +318,7 @@ def _write(plan: BankPlan, writer: BankWriter, block: int, sums: Mapping[int, Se
             planned, norm = plan.planned[layer.index], solved.norms[i] or 1.0
             errors = np.where(planned.present, solved.errors[i] / norm, np.nan)
             described[layer.index] = replace(planned, errors=errors, outliers=outliers[i])
-    writer.write_block(block, [described[layer.index] for layer in layers], forms)
+    return [described[layer.index] for layer in layers], forms
 
 
 def _solve(

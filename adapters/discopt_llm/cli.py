@@ -57,6 +57,8 @@ def drop(
         discopt llm drop model.gguf --sparsity 0.3 --stage 4@1024 --stage 1@8192 --generations 200 --out runs/g
 
         discopt llm drop ./my-model --sparsity 0.1,0.2,0.3 --out runs/ladder
+
+        discopt llm drop ./my-model --sparsity 0.2 --workers ray://head:10001?workers=8 --out runs/cluster
     """
     need_llm()
     from discopt_llm.drop_search import DropRequest, share_of
@@ -121,6 +123,10 @@ def bank(
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     trust_remote_code: o.TrustRemoteCode = False,
+    workers: o.Workers = None,
+    worker_seconds: o.WorkerSeconds = None,
+    memory: o.Memory = None,
+    host_memory: o.HostMemory = None,
     force: o.Force = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -131,7 +137,8 @@ def bank(
     32 weights, or 256 for K-types and most IQ types.
 
     All searches at whatever budget take their levels from it. A build that was interrupted or killed goes on after
-    its last finished block when the same command is given again.
+    its last finished block when the same command is given again. Workers share the blocks of a bank where the dense
+    model makes their inputs (--propagate dense), to the same bytes.
 
     Examples:
 
@@ -142,6 +149,8 @@ def bank(
         discopt llm bank model.gguf --method rtn --bits 2,3,4,8 --symmetric --out banks/rtn
 
         discopt llm bank ./my-model --kind gguf --types Q4_0,Q4_1,Q5_0,Q5_1,Q8_0 --no-imatrix --out banks/types
+
+        discopt llm bank ./my-model --kind sparsity --workers 4 --out banks/sparse
     """
     need_llm()
     with only_json_on_stdout(as_json), terminated_as_interrupted():
@@ -201,6 +210,8 @@ def quantize(
         discopt llm quantize model.gguf --bpw 2.75 --preset demo --group-size 64 --out runs/demo
 
         discopt llm quantize ./my-model --method gguf --size 100MB --out runs/types
+
+        discopt llm quantize ./my-model --bits 3 --workers 2 --memory 16GiB --out runs/two-gpus
     """
     need_llm()
     from discopt_llm.bank_search import QuantizeRequest

@@ -73,6 +73,10 @@ def compare(
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     trust_remote_code: o.TrustRemoteCode = False,
+    workers: o.Workers = None,
+    worker_seconds: o.WorkerSeconds = None,
+    memory: o.Memory = None,
+    host_memory: o.HostMemory = None,
     force: o.Force = False,
     as_json: o.Json = False,
     quiet: o.Quiet = False,
@@ -89,6 +93,8 @@ def compare(
         discopt llm compare ./my-model --task drop --target 0.2 --unit block --preset demo --out runs/depth
 
         discopt llm compare ./my-model --task sparsity --target 60% --methods uniform,owl,learning --out runs/three
+
+        discopt llm compare ./my-model --task quantization --target 3 --workers 2 --out runs/compare
     """
     need_llm()
     with only_json_on_stdout(as_json), terminated_as_interrupted():

@@ -21,8 +21,8 @@ def _panel(panel: str) -> Any:
     return option
 
 
-budget, levels, search, data, tasks, run = (
-    _panel(name) for name in ("The budget", "The levels", "The search", "Text", "Tasks", "The run")
+budget, levels, search, data, tasks, run, machines = (
+    _panel(name) for name in ("The budget", "The levels", "The search", "Text", "Tasks", "The run", "The machines")
 )
 
 Model = Annotated[
@@ -41,6 +41,30 @@ Dtype = Annotated[
 ]
 TrustRemoteCode = Annotated[
     bool, run("--trust-remote-code", help="Let a model bring its own code and pickled weights.")
+]
+Workers = Annotated[
+    str | None,
+    machines(
+        metavar="N|ray://HOST:PORT[?workers=N]",
+        help="Spread the work over N processes of this machine, or over a Ray cluster (extra ray). Each holds the "
+        "model and the bank, on a CUDA device of its own where models run on CUDA. The results are the same. 1: this "
+        "process alone.",
+    ),
+]
+WorkerSeconds = Annotated[
+    float | None,
+    machines(metavar="SECONDS", help="A worker that takes longer for one call is given up, and another takes it over."),
+]
+Memory = Annotated[
+    str | None,
+    machines(
+        metavar="SIZE",
+        help="Most memory of the device, such as 16GiB, for weights, levels and hidden states; blocks that find no "
+        "place are there while they run. With workers, of each of them.",
+    ),
+]
+HostMemory = Annotated[
+    str | None, machines(metavar="SIZE", help="Most memory of the machine itself. With workers, for each of them.")
 ]
 Seed = Annotated[int, run(help="Same seed, same run.", min=0, show_default=True)]
 Force = Annotated[bool, run("--force", help="Replace what is at --out.")]
@@ -199,6 +223,10 @@ def _search_options(
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
+    workers: Workers = None,
+    worker_seconds: WorkerSeconds = None,
+    memory: Memory = None,
+    host_memory: HostMemory = None,
     seed: Seed = 0,
     force: Force = False,
     as_json: Json = False,

@@ -10,6 +10,7 @@ import logging
 import shlex
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -17,18 +18,21 @@ from typing import Any
 
 import numpy as np
 
-from discopt.errors import BudgetError, DiscoptError, RunFolderError
+from discopt.errors import DiscoptError, RunFolderError
 from discopt.folder import RunFolder, distribution_version, request_of
 from discopt.report import option_words
 from discopt_llm.bank_search import BankTask, QuantizeRequest, SparsifyRequest
 from discopt_llm.budget import Budget
 from discopt_llm.compare_report import PICTURE, write_comparison
 from discopt_llm.drop_search import DropRequest, DropTask
-from discopt_llm.errors import BankError, DataError, ModelError, ProfileError
-from discopt_llm.evaluator import Evaluator
+from discopt_llm.errors import ModelError
+from discopt_llm.evaluator import Measurer
 from discopt_llm.heldout import Method, heldout_scores, score_rows
+from discopt_llm.means import MEANS, Means, checked_means
 from discopt_llm.methods import DENSE, METHODS, TASKS, Context, Found, Point
-from discopt_llm.request import Prepared, SearchRequest
+from discopt_llm.request import Prepared, SearchRequest, Task
+from discopt_llm.search import discarded_if_refused
+from discopt_llm.workers import measuring
 
 __all__ = ["CompareRequest", "compare", "resume_compare"]
 
@@ -41,14 +45,14 @@ _KINDS: dict[str, type[SearchRequest]] = {
     "quantization": QuantizeRequest,
 }
 _OWN = ("task", "target", "methods", "seeds", "bank_method")  # options that no search has by that name
-_GROWING = ("methods", "seeds")  # options that may differ when a comparison goes on
+_FREE = ("methods", "seeds", *MEANS)  # options that may differ when a comparison goes on
 
 Say = Callable[[str], None]
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareRequest:
+class CompareRequest(Means):
     """What was asked of `discopt llm compare`, one field per option; None takes the preset's value.
 
     Raises ValueError for values that make no sense.
@@ -85,6 +89,7 @@ class CompareRequest:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.task not in TASKS:
             raise ValueError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}")
         if self.seeds < 1:
@@ -170,19 +175,18 @@ def compare(
         asked = {"command": COMMAND, "options": asdict(request), "directory": Path.cwd(), **same, "versions": versions}
         folder = RunFolder.create(out, asked, force=force, artefacts=(PICTURE,))
         _forget_runs(folder)
-    try:
-        context = _context(request, prepared, folder, quiet=quiet, say=say)
-    except (BankError, BudgetError, DataError, ProfileError):
-        if not going_on:
-            folder.discard()
-        raise
-    records = _run_all(request, context, folder, say)
-    return write_comparison(request, context, records, folder)
+    with ExitStack() as stack:
+        with nullcontext() if going_on else discarded_if_refused(folder):
+            task = _task(request, prepared, folder, quiet=quiet, say=say)
+            evaluator = stack.enter_context(measuring(prepared, task, say))
+        context = _context(request, prepared, task, evaluator, quiet=quiet)
+        records = _run_all(request, context, folder, say)
+        return write_comparison(request, context, records, folder)
 
 
-def resume_compare(folder: RunFolder, *, quiet: bool, say: Say = _log.warning) -> dict[str, Any]:
-    """Go on with a comparison that was stopped."""
-    request = request_of(CompareRequest, folder.request["options"])
+def resume_compare(folder: RunFolder, *, quiet: bool, say: Say = _log.warning, **means: Any) -> dict[str, Any]:
+    """Go on with a comparison that was stopped; `means` are options that may be others now, see `MEANS`."""
+    request = request_of(CompareRequest, {**folder.request["options"], **checked_means(means)})
     return compare(request, folder.path, quiet=quiet, say=say)
 
 
@@ -194,7 +198,7 @@ def _check_same(request: CompareRequest, folder: RunFolder) -> None:
     before = request_of(CompareRequest, folder.request["options"])
     for field in fields(request):
         was, now = getattr(before, field.name), getattr(request, field.name)
-        if field.name not in _GROWING and was != now:
+        if field.name not in _FREE and was != now:
             raise RunFolderError(
                 f"{path} holds a comparison with {field.name} {was}, got {now}; choose another --out, or pass --force"
             )
@@ -213,19 +217,23 @@ def _forget_runs(folder: RunFolder) -> None:
             path.unlink()
 
 
-def _context(request: CompareRequest, prepared: Prepared, folder: RunFolder, *, quiet: bool, say: Say) -> Context:
-    """What all methods share, with the number of generations that the searches get."""
-    search = request.search
-    task = search.task(prepared.loaded, folder.path, quiet=quiet, say=say)
-    assert isinstance(task, DropTask | BankTask)
+def _task(request: CompareRequest, prepared: Prepared, folder: RunFolder, *, quiet: bool, say: Say) -> Task:
+    """The levels and the budget that all methods share."""
+    task = request.search.task(prepared.loaded, folder.path, quiet=quiet, say=say)
     banks = {"banks": list(task.bank_fingerprints)}
     _check_began_with(folder, banks)
     folder.update_request(**banks)
-    context = Context(prepared, task, Evaluator(prepared.loaded, task.levels), quiet)
+    return task
+
+
+def _context(request: CompareRequest, prepared: Prepared, task: Task, evaluator: Measurer, *, quiet: bool) -> Context:
+    """What all methods share, with the number of generations that the searches get."""
+    assert isinstance(task, DropTask | BankTask)
+    context = Context(prepared, task, evaluator, quiet)
     if request.generations is not None:
         return context
-    planned = search.settings(**task.changes()).generations
-    return context.asked(search.seed, generations=max(planned, LEAST_GENERATIONS))
+    planned = request.search.settings(**task.changes()).generations
+    return context.asked(request.search.seed, generations=max(planned, LEAST_GENERATIONS))
 
 
 def _run_all(request: CompareRequest, context: Context, folder: RunFolder, say: Say) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from discopt_llm.anatomy import Arguments, Block, check_same, embed, last_hidden, project, run_block
 from discopt_llm.errors import MemoryPlanError, ModelError
-from discopt_llm.evaluator_plan import TEACHER, UNTOUCHED, Counts, Cut, Levels, Limits, Plan, Row
+from discopt_llm.evaluator_plan import TEACHER, UNTOUCHED, Counts, Cut, Levels, Plan, Row
 from discopt_llm.fitness import Fitness, Logits
 from discopt_llm.lanes import is_out_of_memory, to_device
 from discopt_llm.layers import EMBEDDING
@@ -331,9 +331,6 @@ class Evaluator:
     def _logits(self, hidden: Tensor, chunk: slice, next_tokens: Tensor) -> Logits:
         """Logits of a chunk of all positions of last hidden states (N, L, d')."""
         return Logits(project(self.model, self.anatomy, hidden.flatten(0, 1)[chunk]).float(), next_tokens)
-
-    def _limits(self) -> Limits:
-        return self.limits
 
 
 def _run(block: Block, replay: Arguments, source: Tensor, target: Tensor, per_call: int) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -34,13 +34,21 @@ from discopt.space import SearchSpace
 from discopt_llm.bank_search import BankSearchRequest, CompressRequest, QuantizeRequest, SparsifyRequest
 from discopt_llm.budget import Budget, Measure
 from discopt_llm.drop_search import DropRequest, share_of
-from discopt_llm.errors import BankError, DataError, ProfileError
-from discopt_llm.evaluator import Evaluator
+from discopt_llm.evaluator import Measurer
 from discopt_llm.heldout import Method
 from discopt_llm.heuristics import Heuristics, Remembered
 from discopt_llm.ladder_report import PICTURE, write_ladder
+from discopt_llm.means import checked_means
 from discopt_llm.request import STARTS, Prepared, Say, SearchRequest, Task
-from discopt_llm.search import asked_of, check_began_with, feasible_start, note_banks, search_in
+from discopt_llm.search import (
+    asked_of,
+    check_began_with,
+    discarded_if_refused,
+    feasible_start,
+    note_banks,
+    search_in,
+)
+from discopt_llm.workers import measuring
 
 __all__ = ["LadderRequest", "Rung", "ladder", "raised", "resume_ladder"]
 
@@ -151,17 +159,20 @@ def ladder(
     _clear(request, out)
     asked = {**asked_of(prepared), "command": COMMAND, "options": asdict(request)}
     folder = RunFolder.create(out, asked, force=force, artefacts=(PICTURE,))
-    try:
-        task = _task(prepared, rungs, folder, quiet=quiet, say=say)
-    except (BankError, BudgetError, DataError, ProfileError):
-        folder.discard()  # to go on with it would fail in the same way
-        raise
-    return _Climb(request, prepared, task, Remembered(), folder, quiet, say).run(rungs)
+    with ExitStack() as stack:
+        with discarded_if_refused(folder):
+            task = _task(prepared, rungs, folder, quiet=quiet, say=say)
+            evaluator = stack.enter_context(measuring(prepared, task, say))
+        return _Climb(request, prepared, task, evaluator, Remembered(), folder, quiet, say).run(rungs)
 
 
-def resume_ladder(folder: RunFolder, *, quiet: bool, say: Say = _log.warning) -> dict[str, Any]:
-    """Go on with a ladder that was stopped; returns what results.json holds. Finished budgets are not run again."""
-    request = request_of(LadderRequest, folder.request["options"])
+def resume_ladder(folder: RunFolder, *, quiet: bool, say: Say = _log.warning, **means: Any) -> dict[str, Any]:
+    """Go on with a ladder that was stopped; returns what results.json holds. Finished budgets are not run again.
+
+    `means` are options that may be others than those that it began with, see `MEANS`.
+    """
+    began = folder.request["options"]
+    request = request_of(LadderRequest, {**began, "options": {**began["options"], **checked_means(means)}})
     if folder.has("results.json"):
         results: dict[str, Any] = folder.read_json("results.json")
         if results.get("stop") != StopReason.INTERRUPTED.value:
@@ -174,7 +185,8 @@ def resume_ladder(folder: RunFolder, *, quiet: bool, say: Say = _log.warning) ->
     remembered = Remembered.from_dict(folder.read_json(SHARED)) if folder.has(SHARED) else Remembered()
     rungs = request.ascending(prepared)
     task = _task(prepared, rungs, folder, quiet=quiet, say=tell)
-    return _Climb(request, prepared, task, remembered, folder, quiet, tell).run(rungs)
+    with measuring(prepared, task, tell) as evaluator:
+        return _Climb(request, prepared, task, evaluator, remembered, folder, quiet, tell).run(rungs)
 
 
 def raised(space: SearchSpace, profile: LevelNumbers, effects: NDArray[np.float64]) -> LevelNumbers:
@@ -193,14 +205,11 @@ class _Climb:
     request: LadderRequest
     prepared: Prepared  # as the task, for the foundation
     task: Task
+    evaluator: Measurer
     remembered: Remembered
     folder: RunFolder
     quiet: bool
     say: Say
-
-    @cached_property
-    def evaluator(self) -> Evaluator:
-        return Evaluator(self.prepared.loaded, self.task.levels)
 
     def run(self, rungs: Sequence[Rung]) -> dict[str, Any]:
         """Search at the budgets that are not finished, up to one that is interrupted."""

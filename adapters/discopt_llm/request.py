@@ -24,7 +24,8 @@ from discopt_llm.evaluator import Measurer
 from discopt_llm.fitness import Fitness, fitness_by_name
 from discopt_llm.heldout import StudentLevels
 from discopt_llm.heuristics import Heuristics, Remembered
-from discopt_llm.models import LoadedModel, load_model
+from discopt_llm.means import Means
+from discopt_llm.models import LoadedModel, load_model, parse_device
 from discopt_llm.objective import CompressionObjective
 from discopt_llm.presets import Preset
 from discopt_llm.profile import Profile
@@ -41,7 +42,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchRequest(ABC):
+class SearchRequest(Means, ABC):
     """What was asked of a search, one field per option; None takes the preset's value.
 
     Raises ValueError for values that make no sense.
@@ -80,6 +81,7 @@ class SearchRequest(ABC):
             raise ValueError(f"seed must not be negative, got {self.seed}")
         if self.algorithm not in (None, *ALGORITHMS):
             raise ValueError(f"algorithm must be {' or '.join(ALGORITHMS)}, got {self.algorithm!r}")
+        super().__post_init__()
         fitness_by_name(self.fitness)
         Limits(seconds=self.max_seconds)
         self.settings()
@@ -221,6 +223,7 @@ class Prepared:
             device=request.device,
             dtype=request.dtype,
             trust_remote_code=request.trust_remote_code,
+            memory=request.bounds_here(parse_device(request.device)),
         )
         request.check(loaded)
         length = sequence_length(loaded, request.sequence_length, chosen.sequence_length)

@@ -7,14 +7,15 @@ from, which profiles meet the budget, and what to compare with.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from discopt.errors import BudgetError, RunFolderError
+from discopt.errors import DiscoptError, RunFolderError
 from discopt.folder import RunFolder, distribution_version, request_of
 from discopt.optimizers.base import Optimizer, StopReason
 from discopt.optimizers.evopress import EvoPress, EvoPressSettings
@@ -25,18 +26,21 @@ from discopt.progress import ProgressBar
 from discopt.run import Limits, Result, minimize
 from discopt.space import Levels as LevelNumbers
 from discopt.space import SearchSpace
-from discopt_llm.errors import BankError, DataError, ProfileError
-from discopt_llm.evaluator import TEACHER, Evaluator, Measurer
+from discopt_llm.errors import ProfileError
+from discopt_llm.evaluator import TEACHER, Measurer
 from discopt_llm.heldout import Method, heldout_scores, score_rows
 from discopt_llm.heuristics import Heuristics
+from discopt_llm.means import checked_means
 from discopt_llm.report import write_run
 from discopt_llm.report_record import samples_json
 from discopt_llm.request import STARTS, Prepared, Say, SearchRequest, Task
+from discopt_llm.workers import measuring
 
 __all__ = [
     "asked_of",
     "begin",
     "check_began_with",
+    "discarded_if_refused",
     "feasible_start",
     "note_banks",
     "optimizer_of",
@@ -52,12 +56,23 @@ def begin(request: SearchRequest, out: Path, *, force: bool, quiet: bool, say: S
     RunFolder.check_free(out, force=force)
     prepared = Prepared.load(request, say)
     folder = RunFolder.create(out, asked_of(prepared), force=force)
+    with ExitStack() as stack:
+        with discarded_if_refused(folder):
+            task = _task(prepared, folder, quiet=quiet, say=say)
+            evaluator = stack.enter_context(measuring(prepared, task, say))
+        return search_in(folder, prepared, task, evaluator, quiet=quiet, going_on=False)
+
+
+@contextmanager
+def discarded_if_refused(folder: RunFolder) -> Iterator[None]:
+    """A run that cannot be had leaves no folder: to go on with it would fail in the same way."""
     try:
-        task = _task(prepared, folder, quiet=quiet, say=say)
-    except (BankError, BudgetError, DataError, ProfileError):
-        folder.discard()  # to go on with it would fail in the same way
+        yield
+    except RunFolderError:  # such as a full disk
         raise
-    return search_in(folder, prepared, task, Evaluator(prepared.loaded, task.levels), quiet=quiet, going_on=False)
+    except DiscoptError:
+        folder.discard()
+        raise
 
 
 def asked_of(prepared: Prepared) -> dict[str, Any]:
@@ -74,12 +89,15 @@ def asked_of(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def resume(kind: type[SearchRequest], folder: RunFolder, *, quiet: bool, say: Say = _log.warning) -> dict[str, Any]:
+def resume(
+    kind: type[SearchRequest], folder: RunFolder, *, quiet: bool, say: Say = _log.warning, **means: Any
+) -> dict[str, Any]:
     """Go on with a run that was stopped; returns what results.json holds.
 
-    A time limit that ended the run is lifted. A finished run is not run again.
+    A time limit that ended the run is lifted. A finished run is not run again. `means` are options that may be others
+    than those that the run began with, see `MEANS`.
     """
-    request = request_of(kind, folder.request["options"])
+    request = request_of(kind, {**folder.request["options"], **checked_means(means)})
     if folder.has("results.json"):
         results: dict[str, Any] = folder.read_json("results.json")
         if results.get("stop") == StopReason.TIME.value:
@@ -92,7 +110,8 @@ def resume(kind: type[SearchRequest], folder: RunFolder, *, quiet: bool, say: Sa
     check_began_with(prepared, folder)
     folder.remove_leftovers()
     task = _task(prepared, folder, quiet=quiet, say=tell)
-    return search_in(folder, prepared, task, Evaluator(prepared.loaded, task.levels), quiet=quiet, going_on=True)
+    with measuring(prepared, task, tell) as evaluator:
+        return search_in(folder, prepared, task, evaluator, quiet=quiet, going_on=True)
 
 
 def check_began_with(prepared: Prepared, folder: RunFolder) -> None:

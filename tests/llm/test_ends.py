@@ -229,7 +229,7 @@ def test_a_row_of_an_end_is_applied_once_a_walk_and_once_a_chunk_of_logits(tied:
     evaluator = Evaluator(model, levels := EndLevels(model), memory_bytes=10**7)
     population, sequences = levels.students(20), text(*[100] * 10)
     evaluator.measure(population, sequences, [KL()])
-    chunks = -(-1000 // evaluator._limits().logit_rows)
+    chunks = -(-1000 // evaluator.limits.logit_rows)
     assert chunks == 2
     expected = [(end, (level,)) for end, times in ((EMBEDDING, 1), (LAYERS, chunks)) for level in (0, 1) * times]
     assert sorted(levels.applied) == sorted(expected)
