@@ -313,7 +313,7 @@ def _weights(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
-        raise ValueError(f"switches are weights such as 5,3,1, got {text!r}") from error
+        raise ValueError(f"switches are weights such as 5,3,1, got {text[:100]!r}") from error
 
 
 @cache

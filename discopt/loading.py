@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from discopt.errors import DiscoptError, ObjectiveError
+from discopt.wording import one_line
 
 if TYPE_CHECKING:
     from discopt.problems import Problem
@@ -42,7 +43,7 @@ def split_target(target: str) -> tuple[str, str]:
     """`"dir/own.py:knapsack"` -> `("dir/own.py", "knapsack")`; ValueError for anything else."""
     where, colon, name = target.rpartition(":")
     if not colon or not where or not name.isidentifier():
-        raise ValueError(f"expected FILE.py:NAME or module:NAME, got {target!r}")
+        raise ValueError(f"expected FILE.py:NAME or module:NAME, got {target[:100]!r}")
     return where, name
 
 
@@ -56,7 +57,7 @@ def load_problem(target: str, directory: str | os.PathLike[str] = ".") -> Loaded
     module = _load_module(where, Path(directory))
     if not hasattr(module, name):
         found = ", ".join(_candidates(module)) or "none that is a Problem or makes one"
-        raise DiscoptError(f"{where} has no {name!r}; it has: {found}")
+        raise DiscoptError(f"{one_line(where)} has no {name[:100]!r}; it has: {one_line(found)}")
     path = Path(module.__file__) if module.__file__ else None
     return Loaded(_as_problem(getattr(module, name), target, path), path)
 
@@ -75,18 +76,18 @@ def _load_module(where: str, directory: Path) -> ModuleType:
         with _users_code(where, None):
             return importlib.import_module(where)
     except ModuleNotFoundError as error:
-        hint = f"; for a file, write {where}.py:NAME" if (directory / f"{where}.py").is_file() else ""
-        raise DiscoptError(f"there is no module {where!r}{hint}") from error
+        hint = f"; for a file, write {one_line(where)}.py:NAME" if _is_file(directory / f"{where}.py") else ""
+        raise DiscoptError(f"there is no module {one_line(where)!r}{hint}") from error
 
 
 def _load_file(where: str, directory: Path) -> ModuleType:
+    if not _is_file(directory / where):
+        raise DiscoptError(f"there is no file {one_line(where)}")
     path = (directory / where).resolve()
-    if not path.is_file():
-        raise DiscoptError(f"there is no file {where}")
     name = _free_module_name(path.stem)
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise DiscoptError(f"{where} is not a Python file: its name must end in .py")
+        raise DiscoptError(f"{one_line(where)} is not a Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     _put_on_path(path.parent)
@@ -97,6 +98,13 @@ def _load_file(where: str, directory: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or has a null byte
+        return False
 
 
 def _free_module_name(stem: str) -> str:
@@ -123,7 +131,8 @@ def _users_code(where: str, path: Path | None) -> Iterator[None]:
     except DiscoptError:
         raise
     except SyntaxError as error:
-        raise DiscoptError(f"cannot load {where}: {error.msg} ({_short(error.filename)}:{error.lineno})") from error
+        place = f"{_short(error.filename)}:{error.lineno}"
+        raise DiscoptError(f"cannot load {one_line(where)}: {one_line(error.msg)} ({one_line(place)})") from error
     except ModuleNotFoundError as error:
         if path is None and error.name is not None and (where == error.name or where.startswith(f"{error.name}.")):
             raise
@@ -134,8 +143,8 @@ def _users_code(where: str, path: Path | None) -> Iterator[None]:
 
 def _failed(where: str, error: BaseException, path: Path | None) -> DiscoptError:
     place = _place(error, path)
-    what = f"{type(error).__name__}: {error}".rstrip(": ")
-    return DiscoptError(f"cannot load {where}: {what}" + (f" ({place})" if place else ""))
+    what = one_line(" ".join(f"{type(error).__name__}: {error}".split()).rstrip(": "))
+    return DiscoptError(f"cannot load {one_line(where)}: {what}" + (f" ({place})" if place else ""))
 
 
 def _as_problem(value: Any, target: str, path: Path | None) -> Problem:
@@ -144,11 +153,14 @@ def _as_problem(value: Any, target: str, path: Path | None) -> Problem:
     if inspect.isroutine(value):
         required = [p.name for p in inspect.signature(value).parameters.values() if _is_required(p)]
         if required:
-            raise DiscoptError(f"{target} must work without arguments, but it requires {', '.join(required)}")
+            wanted = one_line(", ".join(required))
+            raise DiscoptError(f"{one_line(target)} must work without arguments, but it requires {wanted}")
         with _users_code(target, path):
             value = value()
     if not isinstance(value, Problem):
-        raise DiscoptError(f"{target} must be a discopt.problems.Problem or return one, got {type(value).__name__}")
+        raise DiscoptError(
+            f"{one_line(target)} must be a discopt.problems.Problem or return one, got {type(value).__name__}"
+        )
     return value
 
 

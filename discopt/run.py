@@ -14,6 +14,7 @@ import math
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from discopt.optimizers.evopress import EvoPress, EvoPressSettings
 from discopt.optimizers.learning import Learning
 from discopt.optimizers.plan import Plan
 from discopt.space import Ints, Levels, SearchSpace
+from discopt.wording import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -273,8 +275,11 @@ class _Run:
             self.evaluations, self.total_fidelity = state["evaluations"], state["total_fidelity"]
             self.not_finite, self._seconds_before = state["not_finite"], state["seconds"]
             lines = state["trace_lines"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise RunFolderError(f"the checkpoint in {self.folder.path} does not fit this run: {error}") from error
+            if type(lines) is not int or lines < 0:
+                raise ValueError(f"expected a number of lines, got {lines!r}")
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, zlib.error) as error:
+            line = one_line(error)
+            raise RunFolderError(f"the checkpoint in {self.folder.path} does not fit this run: {line}") from error
         self.folder.truncate_trace(lines)
         self.trace = self.folder.trace()
 

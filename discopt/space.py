@@ -73,8 +73,15 @@ class SearchSpace:
                 )
 
     def _check_costs(self) -> None:
-        if max(sum(int(c) for c in row) for row in np.abs(self.cost).max(axis=2)) > np.iinfo(np.int64).max:
-            raise ValueError("the total cost must fit 64 bits, got more; count in a larger unit")
+        for table, limit in zip(self.cost, self.budget.tolist(), strict=True):
+            low = sum(np.minimum(table.min(axis=1), 0).tolist())
+            high = sum(np.maximum(table.max(axis=1), 0).tolist())
+            # Sums of costs, their differences, and what is left of the budget or exceeds it are no larger than these.
+            if (most := max(high - low, limit - low, high - limit)) > np.iinfo(np.int64).max:
+                raise ValueError(
+                    f"costs, and what they leave of the budget, must fit 64 bits in sum, got up to {most}; "
+                    "count in a larger unit"
+                )
         is_step = self.allowed & (self._above >= 0)
         steps = np.take_along_axis(self.cost, np.maximum(self._above, 0)[None].astype(np.intp), axis=2) - self.cost
         if (is_step & (steps < 0)).any():
@@ -394,8 +401,10 @@ def _cost_table(cost: ArrayLike | Sequence[Sequence[int]]) -> tuple[Ints, NDArra
 
 
 def _integers(values: NDArray[np.generic], what: str) -> Ints:
-    if not np.issubdtype(values.dtype, np.integer):
-        raise TypeError(f"{what} must be integers, so that feasibility is exact, got {values.dtype}")
+    if values.dtype.kind not in "iu":
+        raise TypeError(f"{what} must be integers of 64 bits, so that feasibility is exact, got {values.dtype}")
+    if values.dtype.kind == "u" and values.max(initial=0) > np.iinfo(np.int64).max:
+        raise ValueError(f"{what} must fit 64 bits with a sign, got up to {values.max()}")
     return values.astype(np.int64)
 
 

@@ -290,7 +290,7 @@ def test_a_wrong_option_exits_with_2(words: str, message: str) -> None:
     [
         (None, "cannot read start.json: No such file or directory"),
         ("{", "start.json is not JSON"),
-        ('{"units": [{"name": "u0"}]}', "start.json is no profile: expected a list of levels"),
+        ('{"units": [{"name": "u0"}]}', "start.json is not ours: expected the format 'discopt-profile', got None"),
         ("[0, 1.5]", "start.json is no profile"),
         ("[0, 1]", "own.py:linear: a profile must be 12 integers, got shape (2,)"),
         (str([1] * 12), "own.py:linear: a profile must cost at most 4, got 12"),

@@ -80,9 +80,9 @@ class StoredBlock:
             check_layers(found.layers, header)
         except FileNotFoundError:
             raise BankError(f"{path} is missing; {BUILD_AGAIN}") from None
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        except (OSError, SafetensorError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
             raise _damaged(path, error) from None
-        if state["header"] != checksum(header) or state["block"] != block:
+        if state.get("header") != checksum(header) or state.get("block") != block:
             raise BankError(f"{path} is not block {block} of this bank; {BUILD_AGAIN}")
         return found
 
@@ -108,7 +108,7 @@ class StoredBlock:
         try:
             described = self._forms[layer.name][level]
             form = from_parts(lambda part: self._file.get_tensor(prefix + part), described, layer.shape, device)
-        except (SafetensorError, LookupError, TypeError, ValueError) as error:
+        except (SafetensorError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise _damaged(self.path, error) from None
         if form_costs(form) != layer.costs(level):
             raise _damaged(

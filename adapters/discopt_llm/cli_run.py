@@ -59,6 +59,9 @@ def request_options(kind: type[Any], ctx: typer.Context, **changes: Any) -> dict
     return {**given, **lists, **changes}
 
 
+MOST_DIGITS = 5  # of a block's number
+
+
 def parse_names(text: str) -> tuple[str, ...]:
     """a,b -> ("a", "b")."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
@@ -81,7 +84,7 @@ def parse_blocks(text: str) -> tuple[int, ...]:
     blocks: list[int] = []
     for part in filter(None, text.split(",")):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        if not first.isdecimal() or (dash and not last.isdecimal()) or max(len(first), len(last)) > MOST_DIGITS:
             raise typer.BadParameter(f"expected blocks such as 0,1,28-29, got {text!r}", param_hint="--protect")
         blocks += range(int(first), int(last or first) + 1)
     return tuple(blocks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import reprlib
 
 from discopt.errors import DiscoptError
+from discopt.wording import one_line as one_line
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = 100  # characters of a wrong value or a name
@@ -40,12 +41,7 @@ def short(value: object) -> str:
     return _REPR.repr(value)
 
 
-def one_line(error: BaseException) -> str:
-    """The first line of what an error says; its type if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:_LONGEST]
-
-
 def typed_line(error: Exception) -> str:
     """The type of an error, and the first line of what it says."""
     text = (str(error).strip() or "no message").splitlines()[0].rstrip(" :")
-    return f"{type(error).__name__}: {text}"
+    return one_line(f"{type(error).__name__}: {text}")

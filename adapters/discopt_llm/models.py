@@ -45,7 +45,7 @@ from transformers.utils import (
 from transformers.utils.hub import cached_file
 
 from discopt_llm.anatomy import Anatomy, block_modules, read_anatomy
-from discopt_llm.errors import DeviceError, MemoryPlanError, ModelError, typed_line
+from discopt_llm.errors import DeviceError, MemoryPlanError, ModelError, one_line, short, typed_line
 from discopt_llm.layers import Layer, read_layers
 from discopt_llm.memory import Memory
 from discopt_llm.residency import Residency
@@ -224,10 +224,21 @@ def weight_files(origin: str) -> list[Path]:
     for index, single in ((SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME), (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)):
         names = {single}
         if listed := find(index):
-            names = {*json.loads(listed.read_bytes())["weight_map"].values()}
+            names = _listed(listed)
         if found := [path for path in map(find, sorted(names)) if path is not None]:
             return found
     return []
+
+
+def _listed(index: Path) -> set[str]:
+    """The files that an index of weights names; ModelError for one that is damaged."""
+    try:
+        names = {*json.loads(index.read_bytes())["weight_map"].values()}
+    except (OSError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise ModelError(f"{index} is damaged: {one_line(error)}") from error
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise ModelError(f"expected names of files in {index}, got {short(wrong[0])}")
+    return names
 
 
 def _attention(config: PretrainedConfig, device: torch.device) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from discopt_llm.errors import DataError, one_line
+from discopt.wording import one_line
+from discopt_llm.errors import DataError
 
 Role = Literal["search", "heldout", "all"]
 Documents = Generator[str, None, None]
@@ -189,11 +190,12 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
         for number in itertools.count():
             try:
                 batch = next(batches, None)
-            except (pyarrow.ArrowException, OSError) as error:
+                rows = [] if batch is None else batch.to_pylist()
+            except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
                 raise DataError(f"{path} is damaged after row {number * 256}: {one_line(error)}") from None
             if batch is None:
                 return
-            for row in batch.to_pylist():
+            for row in rows:
                 yield _cell(row, column, str(path))
 
 
@@ -214,7 +216,7 @@ def _cell(row: dict[str, Any], column: str, where: str) -> str:
 
 
 def _no_column(where: str, column: str, columns: Iterable[str]) -> str:
-    return f"{where}: no column {column!r}; there is {', '.join(map(repr, columns)) or 'none at all'}"
+    return f"{where}: no column {column!r}; there is {one_line(', '.join(map(repr, columns)) or 'none at all')}"
 
 
 @contextmanager
