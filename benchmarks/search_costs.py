@@ -16,6 +16,7 @@ from shapes import HALF, WIDTHS, Shape, mean_keys
 from discopt import SearchSpace
 from discopt.mutation import offspring
 from discopt_llm.evaluator_plan import Plan, Row
+from discopt_llm.memory import TOKENS_PER_CALL
 from discopt_llm.presets import QUANTIZATION_PRESETS
 
 PAPER = QUANTIZATION_PRESETS["paper"]
@@ -180,25 +181,28 @@ def slice_operations(shape: Shape, fresh: NDArray[np.int64], tokens: int, worker
 class SpeedUp:
     """Of some workers over one, and their work together over that of one."""
 
-    stages: tuple[float, ...]  # by slices of the population
+    stages: tuple[float, ...]
     generation: float
     work: float
-    by_sequences: float  # if stages were cut by their sequences first, and each part by population if workers are left
+    rows_alone: float  # of a generation, if stages were never cut by their sequences
 
     @classmethod
     def of(cls, shape: Shape, workers: int) -> SpeedUp:
-        one, most, total, both = np.zeros((4, len(PAPER.stages)))
+        one, most, total, alone = np.zeros((4, len(PAPER.stages)))
+        per_call = max(1, TOKENS_PER_CALL["cuda"] // PAPER.sequence_length)  # sequences
         for seed in range(SAMPLES):
             for i, (fresh, stage) in enumerate(zip(fresh_of(shape, seed), PAPER.stages, strict=True)):
                 tokens = stage.fidelity
                 sequences = -(-tokens // PAPER.sequence_length)
+                calls = -(-sequences // per_call)
+                across = min(calls, workers)
+                largest = min(1.0, -(-calls // across) * per_call / sequences)
+                parts = slice_operations(shape, fresh, tokens, workers // across)
                 one[i] += slice_operations(shape, fresh, tokens, 1)[0]
-                parts = slice_operations(shape, fresh, tokens, workers)
-                most[i] += max(parts)
+                most[i] += largest * max(parts)
                 total[i] += sum(parts)
-                of_tokens = -(-sequences // workers) / sequences
-                both[i] += of_tokens * max(slice_operations(shape, fresh, tokens, max(1, workers // sequences)))
-        return cls(tuple(one / most), one.sum() / most.sum(), total.sum() / one.sum(), one.sum() / both.sum())
+                alone[i] += max(slice_operations(shape, fresh, tokens, workers))
+        return cls(tuple(one / most), one.sum() / most.sum(), total.sum() / one.sum(), one.sum() / alone.sum())
 
 
 @dataclass(frozen=True)
