@@ -97,7 +97,7 @@ class Yard:
 
     def __init__(self, path: Path) -> None:
         self.path, self.trial = path.resolve(), path.resolve() / TRIAL
-        sys.modules["matplotlib"] = None  # type: ignore[assignment]  # pictures would take most of the time
+        sys.modules["matplotlib.backends.backend_agg"] = None  # type: ignore[assignment]  # pictures take most of the time
         for module in _IMPORTED:
             importlib.import_module(module)
         path.mkdir(parents=True, exist_ok=True)

@@ -227,6 +227,7 @@ def go_on(
         request = replace(request, **{**({lifted: None} if lifted else {}), **changes})
     except ValueError as error:
         raise DiscoptError(str(error)) from error
+    folder.hold()
     directory = begun_in(folder)
     loaded = load_problem(request.target, directory)
     if folder.request.get("space") != _space_checksum(loaded.problem.space):

@@ -26,7 +26,7 @@ QUICK = [damaged for damaged in DAMAGED if damaged.share >= 0.5 and not damaged.
 def yard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Yard]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fault_jobs, "LIMIT", 60.0)
-        patch.setitem(sys.modules, "matplotlib", None)
+        patch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
         yield Yard(tmp_path_factory.mktemp("yard"))
 
 

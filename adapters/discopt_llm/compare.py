@@ -158,6 +158,7 @@ def compare(
     if going_on:
         folder = RunFolder.open(out)
         _check_same(request, folder)
+        folder.hold()
     else:
         RunFolder.check_free(out, force=force, artefacts=(PICTURE,))
     prepared = Prepared.load(request.search, say)

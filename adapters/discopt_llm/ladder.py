@@ -178,6 +178,7 @@ def resume_ladder(folder: RunFolder, *, quiet: bool, say: Say = _log.warning, **
         if results.get("stop") != StopReason.INTERRUPTED.value:
             say(f"{folder.path} is finished")
             return results
+    folder.hold()
     tell: Say = (lambda line: None) if quiet else say
     prepared = Prepared.load(request.foundation, tell)
     check_began_with(prepared, folder)

@@ -105,6 +105,7 @@ def resume(
         elif results.get("stop") != StopReason.INTERRUPTED.value:
             say(f"{folder.path} is finished: {results.get('stop')}")
             return results
+    folder.hold()
     tell = _silent if quiet else say
     prepared = Prepared.load(request, tell)
     check_began_with(prepared, folder)

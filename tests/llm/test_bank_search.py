@@ -141,7 +141,7 @@ def test_what_only_the_bank_can_tell_leaves_no_run(small: dict[str, Any], tmp_pa
         (QuantizeRequest, {"bits": "3", "widths": (1, 2)}, r"got \(1, 2\)"),
         (QuantizeRequest, {"bits": "3", "method": "wanda"}, "one of gptq, rtn, gguf, got 'wanda'"),
         (SparsifyRequest, {"sparsity": "0.5", "method": "gptq"}, "got 'gptq'"),
-        (SparsifyRequest, {"sparsity": "0.5", "levels": 4}, "an odd number, .* got 4"),
+        (SparsifyRequest, {"sparsity": "0.5", "levels": 4}, "an odd number .* got 4"),
         (SparsifyRequest, {"sparsity": "0.5", "step": 0}, "at least 1 weight, got 0"),
         (SparsifyRequest, {"sparsity": "0"}, "target must be above 0 and below 1, got 0.0"),
         (QuantizeRequest, {"bits": "3", "baselines": ("owl",)}, "got owl"),
