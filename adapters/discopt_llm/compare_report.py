@@ -216,7 +216,7 @@ def _report(
         context.task.sentence(np.array(of_best["profile"])) if of_best is not None else "",
         f"Every method has the same levels, the same budget, and {heldout['tokens']:,} tokens of {heldout['source']} "
         f"in {heldout['sequences']} sequences that no method has seen to be measured on. Those that chance or the "
-        f"sample of calibration text has a part in ran with {results['seeds']} seeds; their rows are medians. The "
+        f"sample of calibration text has a part in ran with {_seeds(results['seeds'])}; their rows are medians. The "
         f"searches had {chosen.generations} generations of {chosen.offspring} offspring, selected at "
         f"{', then '.join(str(stage) for stage in chosen.stages)} (survivors @ tokens); greedy measured at most "
         f"{(chosen.generations or 0) * chosen.offspring:,} profiles, or one for each unit if that is more, on "
@@ -243,6 +243,10 @@ def _report(
         f"Begun {folder.request['created']} with {versions}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'s' * (count != 1)}"
 
 
 def _paired_rows(summary: Sequence[Record]) -> list[dict[str, Any]]:
