@@ -58,7 +58,7 @@ def drop(
 
         discopt llm drop ./my-model --sparsity 0.1,0.2,0.3 --out runs/ladder
 
-        discopt llm drop ./my-model --sparsity 0.2 --workers ray://head:10001?workers=8 --out runs/cluster
+        discopt llm drop ./my-model --sparsity 0.2 --workers 'ray://head:10001?workers=8' --out runs/cluster
     """
     need_llm()
     from discopt_llm.drop_search import DropRequest, share_of

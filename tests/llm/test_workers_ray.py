@@ -56,6 +56,9 @@ class Doomed:
     students: Any
     marks: Path
 
+    def per_call(self, length: int) -> int:
+        return self.students.per_call(length)
+
     def measure(self, rows: Any, texts: Any, names: Any) -> Any:
         answer = self.students.measure(rows, texts, names)
         try:
