@@ -24,8 +24,7 @@ from typing import Any, TypeVar
 
 from discopt.encoding import restore
 from discopt.errors import RunFolderError
-from discopt.files import os_error, remove_temporary
-from discopt.files import write_atomic as write_atomic  # which everything else takes from here
+from discopt.files import os_error, remove_temporary, write_atomic
 from discopt.lock import LOCK, FolderLock
 from discopt.sealed import SealError, append_line, checked_lines, read_lines, sealed_text, unsealed, whole_lines
 from discopt.typed import check_types

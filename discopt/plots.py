@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from discopt.errors import DiscoptError, RunFolderError
-from discopt.folder import write_atomic
+from discopt.files import write_atomic
 from discopt.progress import format_count
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ import pytest
 
 from discopt import files as files_module
 from discopt.errors import RunFolderError
-from discopt.folder import ARTEFACTS, RunFolder, write_atomic
+from discopt.files import write_atomic
+from discopt.folder import ARTEFACTS, RunFolder
 from discopt.lock import LOCK, OWNER
 from discopt.sealed import sealed_text
 

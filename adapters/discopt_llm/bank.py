@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from discopt.encoding import plain
-from discopt.folder import write_atomic
+from discopt.files import write_atomic
 from discopt.lock import FolderLock
 from discopt_llm.bank_blocks import StoredBlock, encode_block
 from discopt_llm.bank_forms import (

@@ -89,10 +89,13 @@ class Limits:
     call_tokens: int  # in one call of a block
     logit_rows: int  # positions in a chunk of logits
 
+    def held(self, length: int) -> int:
+        """How many states of one sequence of so many tokens there is room for."""
+        return self.state_bytes // (length * self.token_bytes)
+
     def per_call(self, length: int) -> int:
         """How many sequences of so many tokens run in one call of a block."""
-        held = self.state_bytes // (length * self.token_bytes)  # states of one sequence
-        return max(1, min(self.call_tokens // length, held // 2))
+        return max(1, min(self.call_tokens // length, self.held(length) // 2))
 
     def halved(self, length: int) -> Limits | None:
         """Half as much at once; None if it is one student on one sequence of so many tokens already."""
@@ -179,9 +182,8 @@ class Cut:
     def of(cls, plan: Plan, length: int, sequences: int, limits: Limits) -> Cut:
         """The first cut of so many sequences of so many tokens each."""
         K = len(plan.rows)
-        held = limits.state_bytes // (length * limits.token_bytes)  # states of one sequence
         per_call = min(sequences, limits.per_call(length))
-        fitting = max(2, held // per_call)  # states of one call
+        fitting = max(2, limits.held(length) // per_call)  # states of one call
         count = 1 if fitting >= K else -(-K // (fitting - 1))  # one is the teacher's
         slices = sorted(np.array_split(np.arange(K), count), key=lambda part: plan.teacher not in part)
         return cls(min(sequences, max(1, fitting // K) * per_call), per_call, tuple(slices))

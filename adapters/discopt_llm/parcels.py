@@ -15,7 +15,7 @@ from typing import Any
 
 from discopt.encoding import checksum
 from discopt.errors import DiscoptError
-from discopt.folder import write_atomic
+from discopt.files import write_atomic
 from discopt_llm.errors import ModelError
 from discopt_llm.models import gguf_file_of
 

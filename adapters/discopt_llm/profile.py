@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from discopt.folder import write_atomic
+from discopt.files import write_atomic
 from discopt.sealed import SealError, sealed, unsealed
 from discopt.space import Levels
 from discopt_llm.errors import ProfileError, one_line, short

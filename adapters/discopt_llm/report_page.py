@@ -8,7 +8,8 @@ from importlib import resources
 from pathlib import Path
 
 from discopt.errors import RunFolderError
-from discopt.folder import DISTRIBUTION, distribution_version, write_atomic
+from discopt.files import write_atomic
+from discopt.folder import DISTRIBUTION, distribution_version
 from discopt_llm.markup import Markup, join, tag
 
 __all__ = ["check_page", "code", "details", "facts", "figure", "page", "section", "table", "write_page"]
