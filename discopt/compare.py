@@ -1,7 +1,8 @@
 """`discopt compare`: every algorithm on every problem from several seeds, with equal means, in parallel processes.
 
-The folder keeps a line for every run that ended (runs.jsonl), so that the same command goes on where it was stopped.
-When all have ended it gets report.md, report.json, comparison.json (the numbers behind the pictures) and the pictures.
+The folder keeps a line for every run that ended (runs.jsonl), so that the same command goes on where it was stopped,
+and runs only what is missing when it is given again with other algorithms or seeds. When all have ended it gets
+report.md, report.json, comparison.json (the numbers behind the pictures) and the pictures.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import multiprocessing
 import os
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -44,7 +45,7 @@ from discopt.loading import split_target
 from discopt.plots import is_drawn
 from discopt.progress import task as progress_of
 from discopt.report import option_words
-from discopt.sealed import append_line, read_lines
+from discopt.sealed import append_line, read_lines, sealed_line
 from discopt.workers import cores
 
 COMMAND = "compare"
@@ -52,6 +53,7 @@ RUNS = "runs.jsonl"
 PICTURES = ("curves.png", "targets.png", "running-time.png", "ranks.png")
 FILES = (RUNS, "report.json", "comparison.json", *PICTURES)
 DEFAULTS = ("learning", "evopress")  # the first that takes part is what the others are tested against
+_FREE = ("algorithms", "seeds", "default", "tolerance")  # options that may differ when a comparison goes on
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
@@ -92,6 +94,7 @@ def compare(
     request: CompareRequest,
     out: Path,
     *,
+    again: Sequence[str] = (),
     workers: int | None = None,
     force: bool = False,
     quiet: bool = False,
@@ -99,15 +102,18 @@ def compare(
 ) -> dict[str, Any]:
     """Do all runs that `out` does not have yet, write the report, and return what report.json holds.
 
-    It holds NaN where an algorithm does not apply and inf where it found nothing; the file has null there.
+    Runs of algorithms whose names match one of `again` are forgotten and done anew. The result holds NaN where an
+    algorithm does not apply and inf where it found nothing; the file has null there.
     `directory` is where FILE.py is looked for. Processes are spawned, so a script that calls this does it under
-    `if __name__ == "__main__"`. Raises RunFolderError for the folder of another request, unless `force` replaces it.
+    `if __name__ == "__main__"`. Raises RunFolderError for the folder of a comparison on other problems or with other
+    budgets, unless `force` replaces it.
     """
     place = str((directory or Path()).resolve())
     targets, left_out = _problem_targets(request.problems)
     algorithms = _algorithm_files(request.algorithms, place)
     default = _default(request, algorithms)
-    asked = {
+    renewed = _spelled_out(again, list(algorithms), "algorithm")
+    asked: dict[str, Any] = {
         "command": COMMAND,
         "options": asdict(request),
         "targets": targets,
@@ -119,7 +125,10 @@ def compare(
         if (out / "run.json").is_file() and not force:
             folder = RunFolder.open(out)
             folder.hold()
-            _check_same(folder, plain(asked, exact=False))
+            _check_same(folder, plain(asked, exact=False), {algorithms[name] for name in renewed})
+            known = {name: {**folder.request[name], **asked[name]} for name in ("algorithms", "code")}
+            folder.update_request(**{**asked, **known})
+            _forget(folder, renewed)
         else:
             RunFolder.check_free(out, force=force, artefacts=FILES)
             found = [asdict(facts) for facts in _describe(targets, place, pool, quiet)]
@@ -188,19 +197,35 @@ def _checksums(targets: Sequence[str], directory: str) -> dict[str, str]:
     return {file: hashlib.sha256(path.read_bytes()).hexdigest() for file, path in paths.items() if path.is_file()}
 
 
-def _check_same(folder: RunFolder, asked: dict[str, Any]) -> None:
-    """Raise RunFolderError unless the folder's comparison is the one asked for."""
-    for name, value in asked.items():
-        before = folder.request.get(name)
-        if before == value:
-            continue
-        if isinstance(before, dict) and isinstance(value, dict):
-            name = next(key for key in (*before, *value) if before.get(key) != value.get(key))
-            before, value = before.get(name), value.get(name)
-        raise RunFolderError(
-            f"{folder.path} was made by another request: its {name} is {_short(before)}, got {_short(value)}; "
-            "choose another --out, or pass --force to replace it"
-        )
+def _check_same(folder: RunFolder, asked: dict[str, Any], renewed: set[str | None]) -> None:
+    """Raise RunFolderError unless the folder's runs are those of the comparison asked for, as far as they go.
+
+    `renewed` are the files, FILE.py:NAME, whose algorithms run anew, so that they may have changed.
+    """
+    before, free = folder.request, {split_target(target)[0] for target in renewed if target}
+    bound = [name for name in asked["options"] if name not in _FREE]
+    _check_equal(folder, ("command",), before, asked)
+    _check_equal(folder, bound, before["options"], asked["options"])
+    _check_equal(folder, ("targets", "left_out"), before, asked)
+    for what, names in (("code", before["code"].keys() - free), ("algorithms", before["algorithms"])):
+        _check_equal(folder, sorted(set(names) & asked[what].keys()), before[what], asked[what])
+
+
+def _check_equal(folder: RunFolder, names: Iterable[str], before: dict[str, Any], asked: dict[str, Any]) -> None:
+    for name in names:
+        if before.get(name) != asked[name]:
+            raise RunFolderError(
+                f"{folder.path} was made by another request: its {name} is {_short(before.get(name))}, "
+                f"got {_short(asked[name])}; choose another --out, or pass --force to replace it"
+            )
+
+
+def _forget(folder: RunFolder, algorithms: Sequence[str]) -> None:
+    """Remove the runs of these algorithms."""
+    if not algorithms:
+        return
+    lines = read_lines(folder.path / RUNS, START_AGAIN)
+    folder.write_text(RUNS, "".join(sealed_line(line) for line in lines if line["algorithm"] not in algorithms))
 
 
 def _short(value: Any) -> str:

@@ -51,6 +51,9 @@ def compare_command(
     max_seconds_per_run: Annotated[
         float, _what(metavar="SECONDS", help="A run that takes longer is stopped, and marked so.")
     ] = 600.0,
+    again: Annotated[
+        str, _run(metavar="A,B,...", help="Forget the runs of these algorithms, names or patterns, and do them anew.")
+    ] = "",
     workers: Annotated[int | None, _run(metavar="N", min=1, help="Processes. Without it: one for each core.")] = None,
     force: Annotated[bool, _run("--force", help="Replace another comparison in that folder.")] = False,
     as_json: Annotated[bool, _run("--json", help="Print one JSON object, and nothing else.")] = False,
@@ -58,7 +61,7 @@ def compare_command(
 ) -> None:
     """Compare algorithms on problems with known optima, with equal means.
 
-    A comparison that was stopped goes on with the same command.
+    A comparison that was stopped goes on with the same command, which may ask for other algorithms or seeds.
 
     Examples:
 
@@ -83,7 +86,7 @@ def compare_command(
             )
         )
         try:
-            results = compare(request, out, workers=workers, force=force, quiet=quiet)
+            results = compare(request, out, again=_names(again), workers=workers, force=force, quiet=quiet)
         except KeyboardInterrupt as error:
             typer.echo(f"interrupted; go on with: {request.command_line(out)}", err=True)
             raise typer.Exit(INTERRUPTED) from error

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 DONE, NOT_APPLICABLE, MISSING, FAILED = "done", "not applicable", "missing package", "failed"
 CURVE_POINTS = 40
+ROUNDING = 1e-12  # of an optimum, that a loss may be above it and still be the same
 RANDOM_PROFILES = 33
 
 Factory = Callable[[SearchSpace, Plan, int], Optimizer]
@@ -80,7 +81,7 @@ def run(task: Task) -> dict[str, Any]:
     """Do it, and say what came out, as JSON values; an algorithm that fails is an answer as well.
 
     `losses` has the noise-free loss of the best profile at each of the `checkpoints`, after the last query that did
-    not exceed it: null while nothing is measured, and where that profile is not feasible.
+    not exceed it: null while nothing is measured, and where that profile is not feasible. A run ends at the optimum.
     """
     key = {"problem": task.problem.name, "algorithm": task.algorithm, "seed": task.seed}
     problem = load_instance(task.problem.target, task.directory).problem()
@@ -94,7 +95,7 @@ def run(task: Task) -> dict[str, Any]:
             meter,
             problem.space,
             optimizer=optimizer,
-            limits=Limits(fidelity=plan.total_fidelity, seconds=task.seconds),
+            limits=Limits(fidelity=plan.total_fidelity, seconds=task.seconds, target=_certain(problem)),
             callbacks=(curve,),
         )
     except Exception as error:  # whatever it is, the other algorithms go on
@@ -116,6 +117,13 @@ def run(task: Task) -> dict[str, Any]:
         "out_of_time": result.stop is StopReason.TIME,
         "stop": result.stop.value,
     }
+
+
+def _certain(problem: Problem) -> float | None:
+    """The loss at which there is nothing left to find, where the optimum is known and seen without noise."""
+    if problem.optimum is None or problem.truth is not None:
+        return None
+    return problem.optimum + ROUNDING * max(1.0, abs(problem.optimum))
 
 
 def describe(target: str, directory: str) -> ProblemFacts:

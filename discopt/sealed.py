@@ -86,14 +86,18 @@ def unsealed(data: bytes | str, format: str | None = None, version: int = VERSIO
     return content
 
 
+def sealed_line(line: Mapping[str, Any]) -> str:
+    """The line with its checksum, and the newline."""
+    content = plain(line, exact=False)
+    return json.dumps({**content, CHECKSUM: checksum(content)}, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def append_line(path: Path, line: Mapping[str, Any]) -> None:
     """Add one sealed line, behind the last whole one; on failure the file is as it was before.
 
     Raises RunFolderError.
     """
-    content = plain(line, exact=False)
-    content = {**content, CHECKSUM: checksum(content)}
-    data = json.dumps(content, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace") + b"\n"
+    data = sealed_line(line).encode(errors="backslashreplace")
     try:
         with open(path, "a+b", buffering=0) as file:
             end = _end_of_whole_lines(file)

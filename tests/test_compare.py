@@ -217,9 +217,9 @@ def test_a_worker_that_dies_ends_the_comparison_in_one_line(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("--seeds", "4"), "its seeds is 3, got 4"),
+        (("--problems", "own.py:linear"), 'its problems is ["own.py:linear", "own.py:noisy"], got ["own.py:linear"]'),
         (("--budget", "8,41"), "its budget is [8, 40], got [8, 41]"),
-        (("--algorithms", "random"), 'its algorithms is ["own.py:GOOD"], got ["random"]'),
+        (("--max-seconds-per-run", "5"), "its max_seconds_per_run is 600.0, got 5.0"),
     ],
 )
 def test_the_folder_of_another_request_is_refused(whole: Path, change: tuple[str, str], message: str) -> None:
@@ -235,6 +235,45 @@ def test_a_changed_file_makes_another_request(whole: Path, own: Path) -> None:
     result = call(*ASKED, "--out", whole)
     assert result.exit_code == 1
     assert "was made by another request: its own.py is" in result.stderr
+
+
+def copied(whole: Path, to: Path) -> Path:
+    """A folder with the runs of another."""
+    to.mkdir()
+    for name in ("run.json", "runs.jsonl"):
+        (to / name).write_bytes((whole / name).read_bytes())
+    return to
+
+
+def test_more_algorithms_and_seeds_run_only_what_is_missing(whole: Path, tmp_path: Path) -> None:
+    out = copied(whole, tmp_path / "more")
+    before = (out / "runs.jsonl").read_bytes()
+    words = (*ASKED, "--algorithms", "own.py:GOOD,random", "--seeds", "4", "--workers", "1", "--quiet", "--out", out)
+    assert call(*words).exit_code == 0
+    assert (out / "runs.jsonl").read_bytes().startswith(before)
+    found = lines(out)
+    assert {key: found[key] for key in lines(whole)} == lines(whole)
+    assert {key[1:] for key in found} == {(a, s) for a in ("draw", "evopress", "random") for s in range(4)}
+    assert call(*ASKED, "--quiet", "--out", out).exit_code == 0  # and fewer again
+    assert {row["algorithm"] for row in report(out)["cells"]} == {row["algorithm"] for row in report(whole)["cells"]}
+
+
+def test_a_changed_algorithm_runs_anew_where_asked_and_the_others_stay(tmp_path: Path) -> None:
+    words = ("--problems", "own.py:linear", "--algorithms", "random,mine.py:GOOD", "--seeds", "2", "--budget", "8,40")
+    words = (*words, "--workers", "1", "--quiet", "--out", "own")
+    mine = tmp_path / "mine.py"
+    mine.write_text(OWN)
+    assert call(*words).exit_code == 0
+    before = lines(tmp_path / "own")
+    mine.write_text(OWN.replace("draw(space, plan, seed):", "draw(space, plan, seed):\n    seed += 1"))
+    refused = call(*words)
+    assert refused.exit_code == 1 and "its mine.py is" in refused.stderr
+    assert lines(tmp_path / "own") == before
+    assert call(*words, "--again", "dr*,evopress").exit_code == 0
+    after = lines(tmp_path / "own")
+    assert after.keys() == before.keys()
+    assert {key[1] for key in after if after[key] != before[key]} == {"draw"}
+    assert call(*words, "--again", "none").stderr.startswith("error: there is no algorithm 'none'")
 
 
 def test_a_folder_of_something_else_is_refused_even_with_force(tmp_path: Path) -> None:
@@ -261,9 +300,7 @@ def test_a_file_that_cannot_be_read_is_one_line(whole: Path, tmp_path: Path) -> 
 
 
 def test_force_replaces_a_comparison(whole: Path, tmp_path: Path) -> None:
-    (tmp_path / "old").mkdir()
-    for name in ("run.json", "runs.jsonl"):
-        (tmp_path / "old" / name).write_bytes((whole / name).read_bytes())
+    copied(whole, tmp_path / "old")
     words = ["--problems", "own.py:linear", "--algorithms", "random", "--seeds", "1", "--budget", "5", "--quiet"]
     assert call(*words, "--workers", "1", "--out", "old", "--force").exit_code == 0
     assert [key[1] for key in lines(tmp_path / "old")] == ["random"]
