@@ -384,3 +384,6 @@ PEERS: dict[str, Callable[[SearchSpace, Plan, int], Optimizer]] = {
     kind.algorithm: _factory(kind) for kind in (CpSat, Deap, OnePlusOne, NGOpt, Optuna, Pymoo)
 }
 """Every peer by name, made from a space, a plan and a seed."""
+
+QUICK = {kind.algorithm: _factory(kind) for kind in (CpSat, Deap, OnePlusOne, Pymoo)}
+"""Those fit for 10,000 measurements: optuna's takes longer with each, and NGOpt is a (1+1) search here as well."""
