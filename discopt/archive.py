@@ -15,6 +15,7 @@ Floats = NDArray[np.float64]
 
 CELLS = 1 << 24  # levels kept, at most
 LEAST, MOST = 64, 4096  # profiles kept
+_ARRAYS = ("profiles", "losses", "variances", "groups")
 DIGEST = 8  # bytes that a profile is recognised by
 
 
@@ -29,18 +30,23 @@ class Archive:
         self.profiles: Levels = np.empty((0, n), dtype=np.int16)
         self.losses: Floats = np.empty(0)  # lower is better
         self.variances: Floats = np.empty(0)  # of the losses' errors
+        self.groups: NDArray[np.intp] = np.empty(0, dtype=np.intp)  # rows whose losses may share an error; -1 for none
+        self.forgotten = 0  # times that rows were left out, and the others moved up
         self._seen: set[bytes] = set()
 
-    def add(self, profiles: Levels, losses: Floats, variances: Floats) -> None:
+    def add(self, profiles: Levels, losses: Floats, variances: Floats, group: int = -1) -> None:
         """Take in profiles (k, n) with losses (k,) and variances (k,); those not finite are only remembered."""
         self.remember(profiles)
         finite = np.isfinite(losses)
         self.profiles = np.concatenate([self.profiles, profiles[finite]])
         self.losses = np.append(self.losses, losses[finite])
         self.variances = np.append(self.variances, variances[finite])
+        self.groups = np.append(self.groups, np.full(int(finite.sum()), group))
         if len(self.losses) > self.capacity:
             kept = self.chosen(self.capacity * 3 // 4)
-            self.profiles, self.losses, self.variances = self.profiles[kept], self.losses[kept], self.variances[kept]
+            self.forgotten += 1
+            for name in _ARRAYS:
+                setattr(self, name, getattr(self, name)[kept])
 
     def remember(self, profiles: Levels) -> None:
         """Never propose these (k, n) again."""
@@ -54,25 +60,40 @@ class Archive:
             among.add(digest)
         return fresh
 
+    def rows(self, which: NDArray[np.intp] | slice) -> tuple[Levels, Floats, Floats, NDArray[np.intp]]:
+        """Profiles, losses, variances and groups of some rows."""
+        return self.profiles[which], self.losses[which], self.variances[which], self.groups[which]
+
     def ranked(self) -> NDArray[np.intp]:
         """Rows from the best on; of equally good ones the latest first, so that plateaus are crossed."""
         return np.lexsort((-np.arange(len(self.losses)), self.losses))
 
     def chosen(self, count: int) -> NDArray[np.intp]:
-        """The best rows and the latest, half and half, oldest first: at most `count`."""
+        """The best rows and the latest, half and half, oldest first: at most `count`.
+
+        Where losses have errors only the latest, for the best would be those with lucky errors.
+        """
         if count >= len(self.losses):
             return np.arange(len(self.losses))
+        if self.variances.any():
+            return np.arange(len(self.losses) - count, len(self.losses))
         best = self.ranked()[: count // 2]
         return np.union1d(best, np.arange(len(self.losses) - (count - len(best)), len(self.losses)))
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        arrays = {name: pack(getattr(self, name)) for name in ("profiles", "losses", "variances")}
-        return {**arrays, "seen": pack(np.frombuffer(b"".join(sorted(self._seen)), dtype=np.uint8))}
+        arrays = {name: pack(getattr(self, name)) for name in _ARRAYS}
+        return {
+            **arrays,
+            "forgotten": self.forgotten,
+            "seen": pack(np.frombuffer(b"".join(sorted(self._seen)), dtype=np.uint8)),
+        }
 
     def restore(self, values: dict[str, Any]) -> None:
         """Take back what `to_dict` gave."""
-        self.profiles, self.losses, self.variances = (unpack(values[k]) for k in ("profiles", "losses", "variances"))
+        for name in _ARRAYS:
+            setattr(self, name, unpack(values[name]))
+        self.forgotten = values["forgotten"]
         seen = unpack(values["seen"]).tobytes()
         self._seen = {seen[first : first + DIGEST] for first in range(0, len(seen), DIGEST)}
 

@@ -1,6 +1,6 @@
 """A model of the loss, learned from profiles that were measured: a Gaussian process over levels.
 
-Two profiles are as alike as their units' levels are on average, s = mean_i exp(-|x_i - x'_i| / 2), and the covariance
+Two profiles are as alike as their units' levels are on average, s = mean_i exp(-|x_i - x'_i| / l), and the covariance
 is a function of s alone. With s + r s² the process is a sum of effects of single units and of pairs of units, as in
 BOCS (Baptista and Poloczek, ICML 2018, arXiv 1806.08838); with exp((s - 1) / θ) it is a product over the units, as in
 CASMOPOLITAN (Wan et al., ICML 2021, arXiv 2102.07188). Which of them, the data's likelihood decides. Draws from the
@@ -9,19 +9,21 @@ posterior are made by Matheron's rule (Wilson et al., ICML 2020, arXiv 2002.0930
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from discopt.factor import BlockFactor, cholesky, solved
 from discopt.space import Levels, SearchSpace
 
 Floats = NDArray[np.float64]
 Features = NDArray[np.float32]
+Rows = NDArray[np.intp]
 
-LENGTH = 2.0  # steps between levels after which they are alike by 1/e
 CONSTANT = 10.0  # prior variance of the mean, over that of the loss
+GROUP = 1.0  # prior variance of the error that a group of losses shares, over that of the loss
 LIKELIHOOD_ROWS = 250  # that the likelihood is computed on, at most
 
 
@@ -45,11 +47,12 @@ class Covariance:
 
 PAIRS, PRODUCT = "pairs", "product"
 COVARIANCES = (
-    *(Covariance(PAIRS, r) for r in (0.0, 0.3, 1.0, 3.0, 10.0)),
-    *(Covariance(PRODUCT, theta) for theta in (0.05, 0.15, 0.4)),
+    *(Covariance(PAIRS, r) for r in (0.0, 0.3, 1.0, 3.0, 10.0, 30.0)),
+    *(Covariance(PRODUCT, theta) for theta in (0.05, 0.1, 0.2, 0.4)),
 )
+LENGTHS = (0.5, 2.0, 8.0)  # steps between levels after which they are alike by 1/e
+SLACKS = (0.0, 0.03, 0.1, 0.3)  # standard deviation of what the model may miss, over a loss's distance from the best
 SPREADS = np.array([0.0, 1.0, 0.5, 2.0])  # of the draws in turn, over the temperature
-SLACK = 0.3  # standard deviation of what the model may be wrong by, over a loss's distance from the best
 TRUST = 0.25  # prior variance of the factor to the given prior, whose mean is 1
 LEAST_SCALE = 1e-6  # at which that variance stops growing, lest it drown all else
 NOISES = (1e-4, 1e-3, 1e-2, 1e-1)  # variance of what the covariance cannot explain, over that of the loss
@@ -62,6 +65,8 @@ class Shape:
     covariance: Covariance
     noise: float
     scale: float  # variance of the standardised loss
+    slack: float = 0.0  # one of SLACKS
+    length: float = 2.0  # one of LENGTHS
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -71,6 +76,96 @@ class Shape:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The inverse of `to_dict`."""
         return cls(**{**values, "covariance": Covariance(**values["covariance"])})
+
+
+class Posterior:
+    """What is known of the loss from the profiles that were measured; more are added at little cost.
+
+    A row that is added costs one pass over the Cholesky factor. The scale of the losses stays that of the profiles
+    that it began with.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        shape: Shape,
+        profiles: Levels,
+        losses: Floats,
+        variances: Floats,
+        groups: Rows | None = None,
+        prior: Floats | None = None,
+    ) -> None:
+        """From profiles (N, n), losses (N,) and the variances of their errors (N,).
+
+        Losses of one of the `groups` (N,), but -1, share an unknown error. `prior` (n, m) is what each level is thought
+        to add to the loss, up to a factor that is learned as well.
+        """
+        self.shape = shape
+        self.levels = level_features(space.n, space.m, shape.length)
+        self.lowest = float(losses.min())
+        self.mean, self.deviation = standard(losses)
+        self.prior = None if prior is None else _centred(prior, profiles[_better(losses)]) / self.deviation
+        self._trust = TRUST / max(shape.scale, LEAST_SCALE)
+        self.features: Features = np.empty((0, self.levels.shape[0] * space.n), dtype=np.float32)  # (N, n m)
+        self._expected, self._target, self._noise = np.empty(0), np.empty(0), np.empty(0)  # (N,) each
+        self._groups = np.empty(0, dtype=np.intp)
+        self._factor = BlockFactor()
+        self.add(profiles, losses, variances, groups)
+
+    def add(self, profiles: Levels, losses: Floats, variances: Floats, groups: Rows | None = None) -> None:
+        """Take in profiles (k, n) with losses (k,), variances (k,) and groups (k,)."""
+        groups = np.full(len(losses), -1) if groups is None else groups
+        features = _features(profiles, self.levels)
+        expected = np.zeros(len(losses)) if self.prior is None else _expected(self.prior, profiles)
+        missed = self.shape.slack * np.maximum(losses - self.lowest, 0.0) / self.deviation
+        noise = self.shape.noise + missed**2 + variances / self.deviation**2 / self.shape.scale
+        own = self._covariance(features, expected, features, expected) + _shared(groups, groups)
+        own[np.diag_indices_from(own)] += noise
+        known = self._covariance(self.features, self._expected, features, expected) + _shared(self._groups, groups)
+        self._factor.add(known, own)
+        self.features = np.concatenate([self.features, features])
+        self._expected = np.append(self._expected, expected)
+        self._target = np.append(self._target, (losses - self.mean) / self.deviation)
+        self._noise = np.append(self._noise, noise)
+        self._groups = np.append(self._groups, groups)
+
+    def draw(self, draws: int, temperature: float, rng: np.random.Generator) -> Surrogate:
+        """So many draws from what is known, the first of them the mean; `temperature` scales the others' errors."""
+        spread = temperature * min(1.0, np.sqrt(self.shape.scale))
+        spread = spread * SPREADS[np.arange(draws) % len(SPREADS), None]
+        linear = spread * rng.standard_normal((draws, self.features.shape[1]))
+        drawn = linear @ self.features.T + spread * np.sqrt(self._noise) * rng.standard_normal(
+            (draws, len(self._noise))
+        )
+        number, row = np.unique(self._groups, return_inverse=True)
+        drawn += np.sqrt(GROUP) * (spread * rng.standard_normal((draws, len(number))))[:, row] * (self._groups >= 0)
+        weight = self._factor.solve((self._target - self._expected - drawn).T).T
+        return Surrogate(
+            features=self.features,
+            levels=self.levels,
+            covariance=self.shape.covariance,
+            weight=weight.astype(np.float32),
+            linear=linear.astype(np.float32),
+            mean=self.mean,
+            deviation=self.deviation,
+            prior=self.prior,
+            trust=1 + self._trust * (weight @ self._expected),
+        )
+
+    def joint(self, profiles: Levels) -> tuple[Floats, Floats]:
+        """Means and covariance of the losses of profiles (k, n): (k,), (k, k)."""
+        features = _features(profiles, self.levels)
+        expected = np.zeros(len(profiles)) if self.prior is None else _expected(self.prior, profiles)
+        known = self._covariance(self.features, self._expected, features, expected)  # (N, k)
+        half = self._factor.halved(np.column_stack([known, self._target - self._expected]))
+        mean = self.mean + self.deviation * (expected + half[:, :-1].T @ half[:, -1])
+        left = self._covariance(features, expected, features, expected) - half[:, :-1].T @ half[:, :-1]
+        return mean, self.deviation**2 * self.shape.scale * left
+
+    def _covariance(self, one: Features, of_one: Floats, other: Features, of_other: Floats) -> Floats:
+        """Of rows with features and sums of the prior (a, n m), (a,) and others (b, n m), (b,): (a, b)."""
+        alike = one.astype(np.float64) @ other.astype(np.float64).T
+        return self.shape.covariance(alike) + CONSTANT + self._trust * np.multiply.outer(of_one, of_other)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,56 +181,6 @@ class Surrogate:
     deviation: float
     prior: Floats | None  # (n, m) what a level is thought to add to the standardised loss
     trust: Floats  # (draws,) in the prior: the factor to it
-
-    @classmethod
-    def fit(
-        cls,
-        space: SearchSpace,
-        profiles: Levels,
-        losses: Floats,
-        variances: Floats,
-        shape: Shape,
-        draws: int,
-        temperature: float,
-        rng: np.random.Generator,
-        prior: Floats | None = None,
-    ) -> Self:
-        """From profiles (N, n), losses (N,) and the variances of their errors (N,); `temperature` scales the draws.
-
-        `prior` (n, m) is what each level is thought to add to the loss, up to a factor that is learned as well.
-        """
-        from scipy.linalg import cho_solve, cholesky
-
-        levels = level_features(space.n, space.m)
-        features = _features(profiles, levels)
-        mean, deviation = standard(losses)
-        target = (losses - mean) / deviation
-        variances = _slackened(losses, variances)
-        noise = shape.noise + variances / deviation**2 / shape.scale
-        alike = (features @ features.T).astype(np.float64)
-        covariance = shape.covariance(alike) + CONSTANT
-        scaled = None if prior is None else _centred(prior, profiles[_better(losses)]) / deviation
-        expected = np.zeros(len(target)) if scaled is None else _expected(scaled, profiles)
-        trust = TRUST / max(shape.scale, LEAST_SCALE)
-        covariance += trust * np.multiply.outer(expected, expected)
-        covariance[np.diag_indices_from(covariance)] += noise
-        factor = cholesky(covariance, lower=True, overwrite_a=True, check_finite=False)
-        spread = temperature * min(1.0, np.sqrt(shape.scale))
-        spread = spread * SPREADS[np.arange(draws) % len(SPREADS), None]
-        linear = spread * rng.standard_normal((draws, features.shape[1]))
-        drawn = linear @ features.T + spread * np.sqrt(noise) * rng.standard_normal((draws, len(target)))
-        weight = cho_solve((factor, True), (target - expected - drawn).T, check_finite=False).T
-        return cls(
-            features=features,
-            levels=levels,
-            covariance=shape.covariance,
-            weight=weight.astype(np.float32),
-            linear=linear.astype(np.float32),
-            mean=mean,
-            deviation=deviation,
-            prior=scaled,
-            trust=1 + trust * (weight @ expected),
-        )
 
     def values(self, profiles: Levels, draw: NDArray[np.intp]) -> Floats:
         """What each profile loses by its draw: (k, n), (k,) -> (k,)."""
@@ -163,29 +208,55 @@ class Surrogate:
 
 
 def best_shape(
-    space: SearchSpace, profiles: Levels, losses: Floats, variances: Floats, prior: Floats | None = None
+    space: SearchSpace,
+    profiles: Levels,
+    losses: Floats,
+    variances: Floats,
+    groups: Rows | None = None,
+    prior: Floats | None = None,
+    near: Shape | None = None,
 ) -> Shape:
-    """The shape under which the losses (N,) of profiles (N, n), beyond the prior (n, m), are likeliest."""
-    from scipy.linalg import cholesky, solve_triangular
+    """The shape under which the losses (N,) of profiles (N, n), beyond the prior (n, m), are likeliest.
 
+    Found by coordinate ascent, from `near` on.
+    """
     rows = slice(0, LIKELIHOOD_ROWS)
-    variances = _slackened(losses[rows], variances[rows])
-    features = _features(profiles[rows], level_features(space.n, space.m))
-    mean, deviation = standard(losses[rows])
-    target = (losses[rows] - mean - (0.0 if prior is None else _expected(prior, profiles[rows]))) / deviation
+    profiles, losses = profiles[rows], losses[rows]
+    mean, deviation = standard(losses)
+    target = (losses - mean - (0.0 if prior is None else _expected(prior, profiles))) / deviation
     target -= target.mean()
-    alike = (features @ features.T).astype(np.float64)
-    diagonal = np.diag_indices_from(alike)
-    found: list[tuple[float, Shape]] = []
-    for covariance in COVARIANCES:
-        for noise in NOISES:
-            matrix = covariance(alike) + CONSTANT
-            matrix[diagonal] += noise + variances / deviation**2
-            factor = cholesky(matrix, lower=True, overwrite_a=True, check_finite=False)
-            scale = float((solve_triangular(factor, target, lower=True, check_finite=False) ** 2).mean())
-            likelihood = -0.5 * len(target) * np.log(max(scale, 1e-12)) - np.log(np.diag(factor)).sum()
-            found.append((float(likelihood), Shape(covariance, noise, max(scale, 1e-12))))
-    return max(found, key=lambda one: one[0])[1]
+    above = (losses - losses.min()) / deviation
+    shared = CONSTANT if groups is None else CONSTANT + _shared(groups[rows], groups[rows])
+    alike: dict[float, Floats] = {}
+    shape, best = near or Shape(Covariance(PAIRS, 1.0), NOISES[0], 1.0, SLACKS[-1]), -np.inf
+    for options in (
+        [{"covariance": c, "slack": slack} for c in COVARIANCES for slack in SLACKS],
+        [{"length": length} for length in LENGTHS if space.m > 2],
+        [{"noise": noise, "slack": slack} for noise in NOISES for slack in SLACKS],
+    ):
+        for option in options:
+            tried = replace(shape, **option)
+            if tried.length not in alike:
+                features = _features(profiles, level_features(space.n, space.m, tried.length)).astype(np.float64)
+                alike[tried.length] = features @ features.T
+            noise = tried.noise + (tried.slack * above) ** 2 + variances[rows] / deviation**2
+            known = np.asarray(tried.covariance(alike[tried.length]) + shared, dtype=np.float64)
+            likelihood, scale = _likelihood(known, noise, target)
+            if likelihood > best:
+                best, shape = likelihood, replace(tried, scale=scale)
+    return shape
+
+
+def _likelihood(covariance: Floats, noise: Floats, target: Floats) -> tuple[float, float]:
+    """Logarithm of the likelihood, but for a constant, at the scale where it is highest, and that scale."""
+    factor = cholesky(covariance + np.diag(noise))
+    scale = max(float((solved(factor, target[:, None]) ** 2).mean()), 1e-12)
+    return float(-0.5 * len(target) * np.log(scale) - np.log(np.diag(factor)).sum()), scale
+
+
+def _shared(one: Rows, other: Rows) -> Floats:
+    """Covariance of the errors that groups share: (a,), (b,) -> (a, b)."""
+    return GROUP * ((one[:, None] == other) & (other >= 0))
 
 
 def _centred(prior: Floats, profiles: Levels) -> Floats:
@@ -199,11 +270,6 @@ def _expected(prior: Floats, profiles: Levels) -> Floats:
     return total
 
 
-def _slackened(losses: Floats, variances: Floats) -> Floats:
-    """Variances (N,) with what the model may be wrong by: it is to tell the good profiles apart, not the bad."""
-    return variances + (SLACK * (losses - losses.min())) ** 2
-
-
 def standard(losses: Floats) -> tuple[float, float]:
     """Mean and standard deviation (1 where there is none) of the better quarter of losses (N,)."""
     better = losses[_better(losses)]
@@ -215,10 +281,10 @@ def _better(losses: Floats) -> NDArray[np.intp]:
     return np.argsort(losses, kind="stable")[: max(4, len(losses) // 4)]
 
 
-def level_features(n: int, m: int) -> Features:
+def level_features(n: int, m: int, length: float = 2.0) -> Features:
     """Features of a level (m, m), whose products are how alike two levels are, over the number of units."""
     apart = np.abs(np.subtract.outer(np.arange(m), np.arange(m)))
-    return (np.linalg.cholesky(np.exp(-apart / LENGTH)) / np.sqrt(n)).astype(np.float32)
+    return (np.linalg.cholesky(np.exp(-apart / length)) / np.sqrt(n)).astype(np.float32)
 
 
 def _features(profiles: Levels, levels: Features) -> Features:

@@ -8,7 +8,20 @@ import numpy as np
 import pytest
 
 from discopt import SearchSpace, surrogate
-from discopt.surrogate import CONSTANT, COVARIANCES, LENGTH, SLACK, TRUST, Covariance, Shape, Surrogate, best_shape
+from discopt.surrogate import (
+    CONSTANT,
+    COVARIANCES,
+    GROUP,
+    SLACKS,
+    TRUST,
+    BlockFactor,
+    Covariance,
+    Posterior,
+    Shape,
+    Surrogate,
+    best_shape,
+    cholesky,
+)
 
 N, M = 20, 4
 SPACE = SearchSpace.build(np.tile(np.arange(M), (N, 1)), 30)
@@ -31,17 +44,17 @@ def interacting(profiles: np.ndarray) -> np.ndarray:
 
 def fit(profiles, losses, shape=None, *, variances=None, draws=1, temperature=0.3, prior=None, seed=0) -> Surrogate:
     variances = np.zeros(len(losses)) if variances is None else variances
-    shape = shape or best_shape(SPACE, profiles, losses, variances, prior)
+    shape = shape or best_shape(SPACE, profiles, losses, variances, prior=prior)
     rng = np.random.default_rng(seed)
-    return Surrogate.fit(SPACE, profiles, losses, variances, shape, draws, temperature, rng, prior)
+    return Posterior(SPACE, shape, profiles, losses, variances, prior=prior).draw(draws, temperature, rng)
 
 
 def mean_of(model: Surrogate, profiles: np.ndarray) -> np.ndarray:
     return model.values(profiles, np.zeros(len(profiles), dtype=np.intp))
 
 
-def alikeness(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    return np.exp(-np.abs(one[:, None, :] - other[None, :, :]) / LENGTH).mean(axis=2)
+def alikeness(one: np.ndarray, other: np.ndarray, length: float) -> np.ndarray:
+    return np.exp(-np.abs(one[:, None, :] - other[None, :, :]) / length).mean(axis=2)
 
 
 def dense(profiles, losses, variances, shape, queries, prior=None):
@@ -53,7 +66,9 @@ def dense(profiles, losses, variances, shape, queries, prior=None):
     sums, at_queries = (sums - offset) / deviation, (at_queries - offset) / deviation
 
     def covariance(one, other, of_one, of_other):
-        return shape.scale * (shape.covariance(alikeness(one, other)) + CONSTANT) + TRUST * np.outer(of_one, of_other)
+        return shape.scale * (shape.covariance(alikeness(one, other, shape.length)) + CONSTANT) + TRUST * np.outer(
+            of_one, of_other
+        )
 
     noise = np.diag(shape.scale * shape.noise + variances / deviation**2)
     known = covariance(profiles, profiles, sums, sums) + noise
@@ -64,7 +79,7 @@ def dense(profiles, losses, variances, shape, queries, prior=None):
 @pytest.fixture(autouse=True)
 def _as_certain_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """All profiles count alike here, the bad as much as the good, but where a test says otherwise."""
-    monkeypatch.setattr(surrogate, "SLACK", 0.0)
+    monkeypatch.setattr(surrogate, "SLACKS", (0.0,))
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +122,9 @@ def test_an_additive_loss_is_learned_from_fewer_profiles_than_it_has_effects(oth
 
 def test_what_was_measured_without_noise_is_predicted_as_it_was(profiles) -> None:
     losses = interacting(profiles)
-    assert np.abs(mean_of(fit(profiles, losses), profiles) - losses).max() < 0.05 * losses.std()
+    assert (
+        np.abs(mean_of(fit(profiles, losses, Shape(PAIRS, 1e-4, 1.0)), profiles) - losses).max() < 0.05 * losses.std()
+    )
 
 
 @pytest.mark.parametrize(("loss", "pairs"), [(lambda x: total(table_of(1), x), False), (interacting, True)])
@@ -184,7 +201,7 @@ def test_the_best_profiles_count_most(others, monkeypatch) -> None:
         return np.corrcoef(mean_of(fit(profiles, rugged(profiles)), good), rugged(good))[0, 1]
 
     alike = likeness()
-    monkeypatch.setattr(surrogate, "SLACK", SLACK)
+    monkeypatch.setattr(surrogate, "SLACKS", SLACKS)
     assert likeness() > max(alike, 0.5)
 
 
@@ -248,6 +265,65 @@ def test_the_first_of_hotter_draws_is_still_the_mean(profiles, others) -> None:
     losses = interacting(profiles)
     cold, hot = (fit(profiles, losses, draws=8, temperature=t) for t in (0.0, 1.0))
     np.testing.assert_allclose(mean_of(hot, others), mean_of(cold, others), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [Shape(PAIRS, 1e-3, 0.8), Shape(PRODUCT, 1e-2, 1.2, slack=0.1, length=8.0)])
+def test_profiles_added_one_after_the_other_are_known_as_well(shape: Shape, profiles, others) -> None:
+    losses, prior = interacting(profiles), table_of(2)
+    variances, groups = np.linspace(0, 0.1, 60) * losses.var(), np.arange(60) // 7 - 1
+    first = np.argsort(losses)[:30]  # with the best among them, by which the losses are scaled
+    rest = np.setdiff1d(np.arange(60), first)
+    grown = Posterior(SPACE, shape, profiles[first], losses[first], variances[first], groups[first], prior)
+    for part in (rest[:1], rest[1:20], rest[20:]):
+        grown.add(profiles[part], losses[part], variances[part], groups[part])
+    matrix = grown._covariance(grown.features, grown._expected, grown.features, grown._expected)
+    matrix += np.diag(grown._noise) + GROUP * (np.equal.outer(grown._groups, grown._groups) & (grown._groups >= 0))
+    weight = np.linalg.solve(matrix, grown._target - grown._expected)
+    np.testing.assert_allclose(grown.draw(1, 0.0, np.random.default_rng(0)).weight[0], weight, rtol=1e-4, atol=1e-4)
+    mean, covariance = grown.joint(others[:5])
+    np.testing.assert_allclose(mean, mean_of(grown.draw(1, 0.0, np.random.default_rng(0)), others[:5]), rtol=1e-3)
+    assert np.linalg.eigvalsh(covariance).min() > 0
+
+
+def test_the_joint_spread_is_that_of_the_draws(profiles, others) -> None:
+    shape = Shape(LINEAR, 1e-2, 1.0)
+    known = Posterior(SPACE, shape, profiles[:20], interacting(profiles[:20]), np.zeros(20))
+    draws = 4000
+    model = known.draw(draws, 2.0, np.random.default_rng(0))  # of spread 2, 1 and 4 in turn
+    values = np.stack([model.values(np.repeat(row[None], draws, axis=0), np.arange(draws)) for row in others[:4]])
+    covariance = known.joint(others[:4])[1]
+    np.testing.assert_allclose(np.cov(values[:, 2::4]), covariance, rtol=0.25, atol=0.1 * covariance.max())
+
+
+def test_an_error_that_a_group_shares_does_not_mislead(others) -> None:
+    table, rng = table_of(1), np.random.default_rng(13)
+    profiles, groups = SPACE.random(80, rng), np.arange(80) // 8
+    losses = total(table, profiles) + 3 * total(table, others).std() * rng.normal(size=10)[groups]
+    shape = Shape(LINEAR, 1e-3, 1.0)
+    truth, none = total(table, others), np.zeros(80)
+
+    def likeness(groups):
+        model = Posterior(SPACE, shape, profiles, losses, none, groups).draw(1, 0.0, rng)
+        return np.corrcoef(mean_of(model, others), truth)[0, 1]
+
+    assert likeness(groups) > 0.95 > likeness(None)
+
+
+def test_a_factor_grows_as_the_whole_one_is() -> None:
+    rng = np.random.default_rng(14)
+    root = rng.normal(size=(12, 12))
+    matrix, target = root @ root.T + np.eye(12), rng.normal(size=(12, 3))
+    factor = BlockFactor()
+    for first, last in ((0, 5), (5, 6), (6, 12)):
+        factor.add(matrix[:first, first:last], matrix[first:last, first:last])
+    np.testing.assert_allclose(factor.solve(target), np.linalg.solve(matrix, target), rtol=1e-9)
+    np.testing.assert_allclose(factor.halved(target), np.linalg.solve(np.linalg.cholesky(matrix), target), rtol=1e-9)
+
+
+def test_a_matrix_that_rounding_made_indefinite_still_has_a_factor() -> None:
+    flat = np.ones((6, 6)) - 1e-12 * np.eye(6)
+    lower = cholesky(flat)
+    np.testing.assert_allclose(lower @ lower.T, flat, atol=1e-4)
 
 
 def test_losses_that_are_all_alike_are_no_error(profiles, others) -> None:
