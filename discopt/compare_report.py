@@ -106,8 +106,9 @@ def _intro(results: Mapping[str, Any]) -> str:
         f"Every run was made once, with the plan of the largest budget ({results['budgets'][-1]:,}), and read off at "
         "the smaller ones. An algorithm that knows its horizon, as annealing does, is so read off in the middle of a "
         "schedule made for the largest budget, and might do better at the smaller ones with one made for them. A query "
-        "that would exceed a budget is not counted in it; a run that ends before the budget is spent carries its last "
-        f"best on, and so does one stopped by time, after {results['max_seconds_per_run']:g} seconds."
+        "that would exceed a budget is not counted in it; a run that ends before the budget is spent, as it does at a "
+        "certain optimum, carries its last best on, and so does one stopped by time, after "
+        f"{results['max_seconds_per_run']:g} seconds."
     )
 
 

@@ -1,4 +1,4 @@
-"""Where a learning search gets its candidates: the model, its best profiles crossed, switches, merged successes."""
+"""Where a learning search gets its candidates, and which of a pool it takes: those that may gain most together."""
 
 from __future__ import annotations
 
@@ -6,18 +6,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from discopt.archive import Archive
+from discopt.factor import cholesky
 from discopt.guided import cross, trade
 from discopt.mutation import offspring
 from discopt.space import Levels, SearchSpace
-from discopt.surrogate import Surrogate
+from discopt.surrogate import Posterior, Surrogate
 
 Rows = NDArray[np.intp]
 
 STEPS = 12  # of a descent on the model, at most
 POOL = np.array([1, 1, 1, 1, 2, 2, 4, 8])  # moves of the offspring that each step chooses from
 ERRORS = np.array([0.1, 0.3, 1.0, 3.0])  # random errors of their guide, over the mean size of an effect
-SCREENED = 8  # candidates for each that the model lets through
+SAMPLES = 128  # joint draws that expected gains are means of
 TOURNAMENT = 2
+
+
+class Batch:
+    """Candidates of a generation and their sources; none was measured, and none comes twice."""
+
+    def __init__(self, archive: Archive, n: int) -> None:
+        self._archive = archive
+        self.rows: Levels = np.empty((0, n), dtype=np.int16)
+        self.sources: NDArray[np.int8] = np.empty(0, dtype=np.int8)
+
+    def take(self, candidates: Levels, count: int, source: int) -> int:
+        """The first new ones of these (k, n), at most so many; returns how many there were."""
+        new = screen(None, candidates, count, self._archive)
+        self._archive.remember(new)
+        self.rows = np.concatenate([self.rows, new])
+        self.sources = np.append(self.sources, np.full(len(new), source, dtype=np.int8))
+        return len(new)
 
 
 def descend(
@@ -93,3 +111,28 @@ def screen(model: Surrogate | None, candidates: Levels, count: int, archive: Arc
         return fresh[:count]
     expected = model.values(fresh, np.zeros(len(fresh), dtype=np.intp))
     return fresh[np.argsort(expected, kind="stable")[:count]]
+
+
+def choose(
+    posterior: Posterior, incumbent: Levels, pool: Levels, count: int, rng: np.random.Generator
+) -> NDArray[np.intp]:
+    """Rows of the pool (k, n) that together are expected to improve most on the incumbent (n,): (at most count,).
+
+    Greedily by the mean over joint draws of what the best of the chosen gains (q-EI; Ginsbourger et al., 2010).
+    """
+    mean, covariance = posterior.joint(np.concatenate([incumbent[None], pool]))
+    half = cholesky(covariance)
+    drawn = mean + rng.standard_normal((SAMPLES, len(mean))) @ half.T
+    gain = drawn[:, :1] - drawn[:, 1:]  # (samples, k)
+    best = np.zeros((SAMPLES, 1))
+    chosen: list[int] = []
+    for _ in range(min(count, len(pool))):
+        expected = np.maximum(gain, best).mean(axis=0)
+        expected[chosen] = -np.inf
+        if expected.max() <= best.mean():  # nothing gains: by what is nearest to it
+            expected = (gain / np.sqrt(np.diag(covariance)[1:] + 1e-300)).mean(axis=0)
+            expected[chosen] = -np.inf
+        row = int(expected.argmax())
+        chosen.append(row)
+        best = np.maximum(best, gain[:, row : row + 1])
+    return np.array(chosen, dtype=np.intp)

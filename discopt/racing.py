@@ -23,6 +23,23 @@ Floats = NDArray[np.float64]
 BEHIND = 2.0  # standard errors behind the leader, from which on a candidate cannot win
 
 
+def rounds_to(full: int, first: int) -> tuple[int, ...]:
+    """Fidelities of rounds, each four times the one before, from `first` to `full`."""
+    rounds = [min(first, full)]
+    while 4 * rounds[-1] < full:
+        rounds.append(4 * rounds[-1])
+    return (*rounds, full) if rounds[-1] < full else tuple(rounds)
+
+
+def race_cost(candidates: int, rounds: tuple[int, ...], share: int) -> int:
+    """What a race of so many, the incumbent among them, takes at most."""
+    cost, others = 0, candidates - 1
+    for fidelity in rounds:
+        cost += (1 + others) * fidelity
+        others = -(-others // share)
+    return cost
+
+
 class Race:
     """Candidates (k, n), the first of them the incumbent, which stays to the end.
 
@@ -113,16 +130,16 @@ class Race:
     @property
     def winner(self) -> int:
         """The candidate that lost least in the last round among those in it; the incumbent where all lost as much."""
-        last = self._last
+        last = self.last
         return int(last[self.latest[last].argmin()])
 
     @property
     def leader(self) -> int:
         """The candidate with the lowest mean over all rounds, of those in the last one."""
-        return int(self._last[self._means(self._last).argmin()])
+        return int(self.last[self._means(self.last).argmin()])
 
     @property
-    def _last(self) -> NDArray[np.intp]:
+    def last(self) -> NDArray[np.intp]:
         """Candidates of the last round."""
         return np.flatnonzero(~np.isnan(self._samples[:, -1]))
 

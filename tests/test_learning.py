@@ -110,7 +110,7 @@ def test_no_profile_comes_twice_in_a_race() -> None:
 @pytest.mark.parametrize("fidelity", [1, 16])
 def test_a_generation_is_no_larger_than_the_batch(batch: int, fidelity: int) -> None:
     space = SPACES["unequal"]()
-    search = Learning(space, Plan(50, batch, fidelity), LearningSettings(crossover_from=4), seed=3)
+    search = Learning(space, Plan(50, batch, fidelity), seed=3)
     queries = run(search, additive(space))
     incumbent = int(fidelity > 1)  # takes part in every race
     assert max(len(query) for query in queries[1:]) <= max(batch + incumbent, 9)
@@ -160,7 +160,7 @@ def test_a_seed_fixes_the_search_and_another_changes_it(plan: Plan) -> None:
 def test_a_search_restored_at_any_turn_goes_on_as_if_nothing_had_happened(name, fidelity, evaluations) -> None:
     space = SPACES[name]()
     loss = additive(space) if fidelity == 1 else shaken(additive(space))
-    plan, settings = Plan(evaluations, 6, fidelity), LearningSettings(prior=table_of(space, 6), crossover_from=20)
+    plan, settings = Plan(evaluations, 6, fidelity), LearningSettings(prior=table_of(space, 6))
     whole = Learning(space, plan, settings, seed=3)
     states, asked = [], []
     while not whole.done:
@@ -351,7 +351,7 @@ def test_nothing_is_missed_in_a_space_smaller_than_the_budget() -> None:
 @pytest.mark.parametrize("plan", [EXACT, NOISY], ids=["exact", "noisy"])
 def test_losses_that_are_all_without_value_end_the_plan(plan: Plan, bad: float) -> None:
     space = SPACES["everything"]()
-    search = Learning(space, plan, LearningSettings(crossover_from=1))
+    search = Learning(space, plan)
     queries = run(search, lambda population: np.full(len(population), bad))
     assert search.done and spent(queries) <= plan.total_fidelity
     assert space.feasible(search.best.profile[None])[0]
@@ -384,7 +384,7 @@ def test_an_incumbent_without_value_leaves_no_mark_on_the_model() -> None:
 def test_a_space_too_large_for_the_model_is_searched_without(fidelity: int) -> None:
     space = SearchSpace.build(np.tile(np.arange(3), (2000, 1)), 2000)
     loss = additive(space)
-    search = Learning(space, Plan(40, 8, fidelity), LearningSettings(model_cells=10**5, crossover_from=20), seed=4)
+    search = Learning(space, Plan(40, 8, fidelity), LearningSettings(model_cells=10**5), seed=4)
     queries = run(search, loss)
     assert search._model() is None
     assert space.feasible(rows(queries)).all()
@@ -393,7 +393,7 @@ def test_a_space_too_large_for_the_model_is_searched_without(fidelity: int) -> N
 
 def test_sources_belong_to_the_candidates_that_were_asked() -> None:
     space = SPACES["unequal"]()
-    search = Learning(space, Plan(60, 8), LearningSettings(crossover_from=10), seed=5)
+    search = Learning(space, Plan(60, 8), seed=5)
     while not search.done:
         query = search.ask()
         if search.describe()["phase"] == "search":

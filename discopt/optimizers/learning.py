@@ -1,10 +1,13 @@
 """A search that learns a model of the loss from all it measures, and proposes where that expects most.
 
-Candidates of a generation come from four sources: descents on draws from the model (`discopt.surrogate`) within a
-trust region; crossover of the best profiles, and level switches of them, both screened by the model; and the merged
-changes of siblings that all beat their parent. A source gets as many candidates as its own have lately been worth.
-Where measurements are noisy, a generation is a race against the incumbent (`discopt.racing`) whose last round is
-fresh data, and the search ends with a choice among its best, the uniform profile and the rivals on data that it has
+Candidates of a generation come from three sources. Most are those of a pool that together are expected to improve most
+by the model (`discopt.surrogate`); the pool has descents on draws from the model within a trust region, level switches
+of the incumbent, and crossover of the best profiles. Some are blind switches, as many as these have lately been worth.
+One is the merged changes of siblings that all beat their parent.
+
+Where measurements are exact, the search goes on elsewhere when nothing gets better (`discopt.basins`). Where they are
+noisy, a generation is a race against the incumbent (`discopt.racing`) whose last round is fresh data, and the model
+says who won it. Such a search ends with a choice among its best, the uniform profile and the rivals on data that it has
 not seen. What earned its place, and by how much, is in docs/algorithms.md.
 """
 
@@ -16,8 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from discopt import proposals
-from discopt.archive import Archive, Elite
+from discopt.archive import Elite
 from discopt.arrays import pack, unpack
+from discopt.basins import Basins
+from discopt.knowledge import Knowledge
 from discopt.objective import Losses, Query, mean_loss
 from discopt.optimizers.base import (
     Measurement,
@@ -31,17 +36,22 @@ from discopt.optimizers.base import (
 from discopt.optimizers.evopress import MAX_SEED
 from discopt.optimizers.learning_settings import Finalist, LearningSettings
 from discopt.optimizers.plan import Plan
-from discopt.racing import Race
+from discopt.racing import Race, race_cost, rounds_to
 from discopt.space import Levels, SearchSpace
 from discopt.sums import ROWS, Sums
-from discopt.surrogate import PRODUCT, Shape, Surrogate, best_shape
+from discopt.surrogate import Posterior
 
 RUNNERS_UP = 1  # of the final choice
-SOURCES = ("descent", "crossover", "switch", "merge")
+MODEL, SWITCH, MERGE = range(3)  # sources of candidates
 UNSOURCED = -1  # a random profile, where the sources know nothing new
 FIRST = 8  # candidates of the first generations, enough to tell whether the loss is a sum, and where it is rugged
+DESCENTS = 4  # on draws from the model, in a generation
+SWITCHED, CROSSED = 64, 16  # of the pool
+BLIND = (0.1, 0.9)  # least and largest share of blind switches
+LEAST_WORTH = 1e-9  # of a source, that shares are made of
+RATED = 0.1  # weight of a generation in what a source is worth, once there were ten
+PLATEAU = 0.5  # share of candidates that lose what the incumbent does, from which on the search stays where it is
 DRAWS = 4  # candidates of a generation where the loss is a sum
-REFIT = 1.5  # times as many measurements after which the model's shape is looked for again
 _START, _SEARCH, _CHOICE = "start", "search", "choice"  # what a query is for
 
 
@@ -63,17 +73,18 @@ class Learning:
         self.choice: tuple[Finalist, ...] = ()  # the final choice, best first; () before it, or without one
         self._rng = np.random.default_rng(seed)
         self._seed = int(self._rng.integers(MAX_SEED))  # of every query, where measurements are exact
-        self._archive = Archive(space.n)
         self._elite = Elite(space.n, self.settings.elite, 1 + round(self.settings.apart * space.n))
-        self._shape: tuple[int, Shape] | None = None  # and how many measurements it was found with
         self._sums = Sums(space)
         self._radius = min(self.settings.radius, space.n)
         self._switches = 3.0
-        self._worth = dict.fromkeys(SOURCES, 0.5)
+        self._worth = [0.0, 0.0, 0.0]  # what a candidate of each source gains, on average
+        self._rated = [0, 0, 0]  # generations that it had a part in
         self._flat = 0.0  # share of the latest candidates that lost exactly as much as the incumbent
         self._sources: NDArray[np.int8] = np.empty(0, dtype=np.int8)  # of the candidates, the incumbent without
         self._siblings: Levels = np.empty((0, space.n), dtype=np.int16)  # a parent, and its children that beat it
+        self._basins = Basins(space)
         self._level = 0.0  # what the incumbent is thought to lose, where measurements are noisy
+        self._steady = False  # whether full measurements have no noise
         self._noise = 0.0  # variance of a paired difference at fidelity 1
         self._spent = 0
         self._exhausted = False
@@ -82,7 +93,9 @@ class Learning:
         known = [*given, *map(np.asarray, (*self.settings.rivals, *self.settings.references))]
         self._uniform = space.nearest_uniform()
         first = [*map(space.check, known[: len(given)]), self._uniform, *map(space.check, known[len(given) :])]
-        self._prior = self._checked_prior()
+        rows, cells = self.settings.model_rows, self.settings.model_cells
+        self._knowledge = Knowledge(space, rows=rows, cells=cells, prior=self._checked_prior())
+        self._archive = self._knowledge.archive
         random = space.random(self.settings.candidates, self._rng)
         self._best = Measurement.unmeasured(first[0])
         self._race: Race | None = None
@@ -132,19 +145,21 @@ class Learning:
         self._next()
 
     def _learn_exact(self, query: Query, losses: Losses) -> None:
-        means = mean_loss(losses)
-        if self._phase == _SEARCH:
-            self._sums.learn(self._best.profile, self._best.loss, query.population, means)
-        row = int(means.argmin())
-        before = self._best.loss if np.isfinite(self._best.loss) else np.inf
-        lost = np.subtract(means, before, out=np.full(len(means), np.inf), where=np.isfinite(means))
-        self._note_siblings(self._best.profile, query.population, lost)
+        means, basins = mean_loss(losses), self._basins
+        lost = np.subtract(means, basins.loss, out=np.full(len(means), np.inf), where=np.isfinite(means))
+        if self._phase == _SEARCH and basins.center is not None:
+            self._sums.learn(basins.center, basins.loss, query.population, means)
+            self._note_siblings(basins.center, query.population, lost)
         self._archive.add(query.population, means, np.zeros(len(means)))
         self._elite.offer(query.population, means)
-        if means[row] <= before:
+        row = int(means.argmin())
+        improved = bool(means[row] < self._best.loss) or not np.isfinite(self._best.loss)
+        if improved or means[row] == self._best.loss:
             self._best = Measurement.of_row(query, losses, row)
-        self._rate(means < before, improved=bool(means[row] < before), lost=lost)
-        self._advance(improved=bool(means[row] < before))
+        if not basins.moving:
+            self._rate(lost < 0, improved=bool(lost[row] < 0), lost=lost)
+        basins.learn(query.population, means)
+        self._advance(improved=improved)
 
     def _learn_race(self, query: Query, losses: Losses) -> None:
         race = self._race
@@ -156,18 +171,24 @@ class Learning:
             noise = float(np.median((error[1:] ** 2 * fidelity[1:])[known[1:]]))
             self._noise = noise if not self._noise else 0.8 * self._noise + 0.2 * noise
         variance = np.where(known, error**2, self._noise / fidelity)
-        winner = race.leader if self._phase == _CHOICE else race.winner
+        steady = query.fidelity == self.plan.fidelity and self._is_steady(race)
+        if steady:  # the last round said all there is to know of those in it
+            behind[race.last], variance[race.last] = race.latest[race.last] - race.latest[0], 0.0
+        winner = self._chosen(race) if self._phase == _CHOICE else race.winner
         if self._phase != _CHOICE:
-            self._archive.add(race.candidates[1:], self._level + behind[1:], variance[1:])
+            own = variance / 2  # of each by itself, for it is the error of a difference
+            own[0] = 0.0 if steady else self._noise / fidelity[0] / 2
+            group = -1 if steady else self.generation + (self._phase == _SEARCH)  # the start is one of its own
+            self._archive.add(race.candidates, self._level + behind, own, group)
             self._elite.offer(race.candidates[1:], self._level + behind[1:] + np.sqrt(variance[1:]))
-        if self._phase == _START:
-            level = self._level if np.isfinite(race.latest[0]) else np.inf
-            self._archive.add(race.candidates[:1], np.array([level]), np.zeros(1))
+        if self._phase == _SEARCH and not steady and (posterior := self._model()) is not None:
+            running = race.last
+            winner = int(running[posterior.joint(race.candidates[running])[0].argmin()])
+        if np.isfinite(race.latest[[0, winner]]).all():  # of the last round alone, which did not choose the winner
+            self._level += float(race.latest[winner] - race.latest[0])
         last = int(np.flatnonzero((query.population == race.candidates[winner]).all(axis=1))[0])
         if winner or self._phase != _SEARCH or query.fidelity >= self._best.fidelity:
             self._best = Measurement.of_row(query, losses, last)
-        if np.isfinite(race.latest[[0, winner]]).all():  # of the last round alone, which did not choose the winner
-            self._level += float(race.latest[winner] - race.latest[0])
         if self._phase == _CHOICE:
             self.choice = _choice_of(race, winner)
         if self._phase == _SEARCH:
@@ -175,6 +196,17 @@ class Learning:
             self._note_siblings(race.candidates[0], race.candidates[1:], lost)
             self._rate(behind[1:] < -error[1:], improved=winner > 0, lost=behind[1:])
         self._advance(improved=winner > 0)
+
+    def _is_steady(self, race: Race) -> bool:
+        """Whether the incumbent lost exactly as much as when it was last measured in full: then there is no noise."""
+        if self._phase == _SEARCH and self._best.fidelity == self.plan.fidelity:
+            self._steady = bool(race.latest[0] == self._best.loss)
+        return self._steady
+
+    def _chosen(self, race: Race) -> int:
+        """The finalist to answer with: the search's best, unless another is better by more than the error."""
+        behind, error = race.differences(race.leader)
+        return 0 if 0 in race.last and behind[0] <= error[0] < np.inf else race.leader
 
     def _advance(self, *, improved: bool) -> None:
         if self._phase == _START:
@@ -188,21 +220,28 @@ class Learning:
         """Learn what the sources are worth, how far to go, and how many switches to make."""
         if self._phase != _SEARCH:
             return
-        for number, source in enumerate(SOURCES):
-            if (own := self._sources[: len(worthy)] == number).any():
-                self._worth[source] += 0.2 * (float(worthy[own].mean()) - self._worth[source])
+        for source in (MODEL, SWITCH, MERGE):
+            if (own := self._sources[: len(worthy)] == source).any():
+                gains = np.maximum(-lost[own], 0.0)
+                gain = float(gains.mean() if self.exact and np.isfinite(gains).all() else worthy[own].mean())
+                self._rated[source] += 1
+                self._worth[source] += max(RATED, 1 / self._rated[source]) * (gain - self._worth[source])
         self._flat += 0.2 * (float((lost == 0).mean()) - self._flat)
         self._radius = min(1.3 * self._radius, self.space.n) if improved else max(0.95 * self._radius, 2.0)
-        switched = self._sources[: len(lost)] == SOURCES.index("switch")
+        switched = self._sources[: len(lost)] == SWITCH
         if switched.any():
             share = float((lost[switched] < 0).mean())
             self._switches = float(np.clip(self._switches * 1.5 ** np.sign(share - 0.2), 1.0, self.space.n / 4 + 1))
 
     def _note_siblings(self, parent: Levels, candidates: Levels, lost: NDArray[np.float64]) -> None:
-        """Keep the switched candidates (k, n) that lost less than their parent (n,), `lost` (k,) more, best first."""
+        """Keep the candidates (k, n), switched or of the model, that lost less than their parent: `lost` (k,) more.
+
+        The best come first.
+        """
         if self._phase != _SEARCH:
             return
-        better = np.flatnonzero((self._sources[: len(lost)] == SOURCES.index("switch")) & (lost < 0))
+        sourced = np.isin(self._sources[: len(lost)], [MODEL, SWITCH])
+        better = np.flatnonzero(sourced & (lost < 0))
         better = better[np.argsort(lost[better], kind="stable")]
         self._siblings = np.concatenate([parent[None], candidates[better]])
 
@@ -210,7 +249,7 @@ class Learning:
 
     def _next(self) -> None:
         left = self.plan.total_fidelity - self._spent
-        enough = 1 if self.exact else self._race_cost(1 + self.plan.batch) + self._choice_cost()
+        enough = 1 if self.exact else race_cost(1 + self.plan.batch, *self._rules) + self._choice_cost()
         if self._phase != _CHOICE and left >= enough:
             self._phase = _SEARCH
             candidates = self._propose(min(left, self._batch) if self.exact else self.plan.batch)
@@ -235,24 +274,14 @@ class Learning:
     @property
     def _batch(self) -> int:
         """Exact measurements are best learned from a few at a time, until there are many, or the loss is rugged."""
-        rugged = self._shape is not None and self._shape[1].covariance.name == PRODUCT
-        small = FIRST if rugged or (self._sums.open and self._spent < FIRST**2) else self.settings.small
+        small = FIRST if self._knowledge.rugged or (self._sums.open and self._spent < FIRST**2) else self.settings.small
         return min(self.plan.batch, max(small, self._spent // 256))
 
-    def _rounds(self) -> tuple[int, ...]:
-        first = min(self.settings.first or max(1, self.plan.fidelity // 8), self.plan.fidelity)
-        rounds = [first]
-        while 4 * rounds[-1] < self.plan.fidelity:
-            rounds.append(4 * rounds[-1])
-        return (*rounds, self.plan.fidelity) if rounds[-1] < self.plan.fidelity else tuple(rounds)
-
-    def _race_cost(self, candidates: int) -> int:
-        """What a race of so many, the incumbent among them, takes at most."""
-        cost, others = 0, candidates - 1
-        for fidelity in self._rounds():
-            cost += (1 + others) * fidelity
-            others = -(-others // self.settings.share)
-        return cost
+    @property
+    def _rules(self) -> tuple[tuple[int, ...], int]:
+        """Rounds of a race, and the share that goes on after each."""
+        first = self.settings.first or max(1, self.plan.fidelity // 8)
+        return rounds_to(self.plan.fidelity, first), self.settings.share
 
     def _begin(self, candidates: Levels) -> None:
         """Measure as many of the candidates, the first ones, as there is budget for."""
@@ -260,10 +289,10 @@ class Learning:
         if self.exact:
             self._query = Query(candidates[:left], 1, self._seed)
             return
-        while len(candidates) > 1 and self._race_cost(len(candidates)) > left:
+        rounds, share = self._rules
+        while len(candidates) > 1 and race_cost(len(candidates), rounds, share) > left:
             candidates = candidates[:-1]
-        rounds = self._rounds() if len(candidates) > 1 else (self.plan.fidelity,)
-        self._race = Race(candidates, rounds, self.settings.share)
+        self._race = Race(candidates, rounds if len(candidates) > 1 else (self.plan.fidelity,), share)
         self._ask_round()
 
     def _ask_round(self) -> None:
@@ -273,9 +302,15 @@ class Learning:
         self._query = Query(self._race.population, self._race.fidelity, seed, fresh=fresh)
 
     def _finalists(self) -> Levels:
-        """Those of the final choice, the best first: (k, n)."""
+        """Those of the final choice, the best first; the last is what the model expects least of: (k, n)."""
         references = [np.array(profile, dtype=np.int16) for profile in self.settings.references]
         known = [self._best.profile, self._uniform, *references, *self._elite.profiles[:RUNNERS_UP]]
+        if not self.exact and (posterior := self._model()) is not None:
+            starts, draw = np.repeat(self._best.profile[None], DESCENTS, axis=0), np.arange(DESCENTS)
+            model = posterior.draw(DESCENTS, 0.0, self._rng)  # their mean, each time
+            found = proposals.descend(model, starts, draw, self.space.n, self._archive, self.space, self._rng)
+            if len(found):
+                known.append(found[posterior.joint(found)[0].argmin()])
         return distinct(np.stack(known))
 
     @property
@@ -284,7 +319,7 @@ class Learning:
 
     def _choice_cost(self) -> int:
         """What the final choice takes at most: three profiles in the last round, all in a quarter of that before."""
-        finalists = 2 + len(self.settings.references) + RUNNERS_UP
+        finalists = 3 + len(self.settings.references) + RUNNERS_UP
         return (finalists + 12) * self._choice_fidelity // 4
 
     def _propose(self, count: int) -> Levels:
@@ -315,76 +350,68 @@ class Learning:
 
     def _mix(self, count: int) -> Levels:
         """Candidates of all sources, (at most count, n)."""
-        rng, archive, space = self._rng, self._archive, self.space
-        elite = self._elite.profiles
-        incumbent = elite[0] if self.exact and len(elite) else self._best.profile
+        rng, space, basins = self._rng, self.space, self._basins
+        batch = proposals.Batch(self._archive, space.n)
+        if self._is_stuck and batch.take(self._elsewhere(), 1, UNSOURCED):
+            basins.move()
+            self._sources = batch.sources
+            return batch.rows
+        center = basins.center if self.exact and basins.center is not None else self._best.profile
         # On a plateau a model has nothing to tell candidates apart by, and would stay where it is.
-        model = self._model() if rng.random() >= self._flat else None
-        shares = self._shares(count, model is not None)
-        found: list[Levels] = []
-        sources: list[int] = []
-        for number, source in enumerate(SOURCES):
-            if not (wanted := shares[source]):
-                continue
-            pool = wanted * (proposals.SCREENED if model is not None else 1)
-            if source == "descent" and model is not None:
-                starts = np.repeat(incumbent[None], wanted, axis=0)
-                if len(elite) >= self.settings.elite:
-                    starts[1::2] = elite[rng.integers(len(elite), size=len(starts[1::2]))]
-                new = proposals.descend(model, starts, np.arange(wanted), int(self._radius), archive, space, rng)
-            elif source == "crossover":
-                new = proposals.screen(model, proposals.crossed(elite, pool, space, rng), wanted, archive)
-            elif source == "merge":
-                new = proposals.screen(None, self._merge(), wanted, archive)
-            else:
-                parents = np.concatenate([incumbent[None], *found])
-                switches = max(1, round(self._switches))
-                new = proposals.screen(model, proposals.switched(parents, pool, switches, space, rng), wanted, archive)
-            archive.remember(new)
-            found.append(new)
-            sources += [number] * len(new)
-        if not sources:  # the neighbours are all known
-            found = [proposals.screen(model, space.random(proposals.SCREENED * count, rng), count, archive)]
-            archive.remember(found[0])
-            sources = [UNSOURCED] * len(found[0])
-        self._sources = np.array(sources, dtype=np.int8)
-        return np.concatenate(found)
-
-    def _shares(self, count: int, modelled: bool) -> dict[str, int]:
-        """How many candidates each source is to give."""
-        shares = dict.fromkeys(SOURCES, 0)
+        posterior = self._model() if rng.random() >= self._flat else None
         if len(self._siblings) > 2 and count > 1:
-            shares["merge"] = 1
-        crossing = (
-            modelled and len(self._elite.losses) > 0 and len(self._archive.losses) >= self.settings.crossover_from
-        )
-        able = [s for s, can in (("descent", modelled), ("crossover", crossing), ("switch", True)) if can]
-        worth = np.array([max(self._worth[source], 0.05) for source in able])
-        count -= shares["merge"]
-        least = int(count >= len(able))
-        parts = self._rng.multinomial(count - least * len(able), worth / worth.sum())
-        for source, part in zip(able, parts, strict=True):
-            shares[source] = least + int(part)
-        return shares
+            batch.take(proposals.merged(self._siblings[0], self._siblings[1:], space, rng), 1, MERGE)
+        left = count - len(batch.sources)
+        blind = int(rng.binomial(left, self._blind_share if posterior is not None else 1.0))
+        if blind:
+            batch.take(proposals.switched(center[None], 2 * blind, self._most_switches, space, rng), blind, SWITCH)
+        left = count - len(batch.sources)
+        if posterior is not None and left and len(pool := self._pool(posterior, center)):
+            batch.take(pool[proposals.choose(posterior, center, pool, left, rng)], left, MODEL)
+        if not len(batch.sources):  # the neighbours are all known
+            batch.take(space.random(count, rng), count, UNSOURCED)
+        self._sources = batch.sources
+        return batch.rows
 
-    def _merge(self) -> Levels:
-        return proposals.merged(self._siblings[0], self._siblings[1:], self.space, self._rng)
+    @property
+    def _blind_share(self) -> float:
+        """Of the candidates, by what blind switches have lately been worth beside those of the model."""
+        model, switch = (max(self._worth[source], LEAST_WORTH) for source in (MODEL, SWITCH))
+        return float(np.clip(switch / (model + switch), *BLIND))
 
-    def _model(self) -> Surrogate | None:
-        """The model of the best and latest measurements; None where there are too few, or the space is too large."""
-        s, archive = self.settings, self._archive
-        rows = archive.chosen(min(s.model_rows, s.model_cells // (self.space.n * self.space.m)))
-        if len(rows) < 4 or s.model_cells // (self.space.n * self.space.m) < 64:
-            return None
-        profiles, losses, variances = archive.profiles[rows], archive.losses[rows], archive.variances[rows]
-        if self._shape is None or self._spent > REFIT * self._shape[0]:
-            shuffled = self._rng.permutation(len(rows))
-            found = best_shape(self.space, profiles[shuffled], losses[shuffled], variances[shuffled], self._prior)
-            self._shape = self._spent, found
-        draws = max(self.plan.batch, 2)
-        return Surrogate.fit(
-            self.space, profiles, losses, variances, self._shape[1], draws, s.temperature, self._rng, self._prior
-        )
+    @property
+    def _most_switches(self) -> int:
+        return max(1, round(self._switches))
+
+    def _pool(self, posterior: Posterior, center: Levels) -> Levels:
+        """New profiles that the model may choose from, (k, n)."""
+        rng, archive, space, elite = self._rng, self._archive, self.space, self._elite.profiles
+        model = posterior.draw(DESCENTS, self.settings.temperature, rng)
+        starts, draw = np.repeat(center[None], DESCENTS, axis=0), np.arange(DESCENTS)
+        pool = [
+            proposals.descend(model, starts, draw, int(self._radius), archive, space, rng),
+            proposals.switched(center[None], SWITCHED, self._most_switches, space, rng),
+        ]
+        if len(elite) > 1:
+            pool.append(proposals.crossed(elite, CROSSED, space, rng))
+        rows = np.concatenate(pool)
+        return rows[archive.new(rows)]
+
+    @property
+    def _is_stuck(self) -> bool:
+        """Whether exact measurements have not bettered the center for long, on no plateau, and no sum is solved."""
+        return self.exact and self._basins.stuck and not self._sums.proven and self._flat < PLATEAU
+
+    def _elsewhere(self) -> Levels:
+        """Profiles to search around next, those first of which the model expects most: (k, n)."""
+        self._radius = min(self.settings.radius, self.space.n)
+        starts = self._basins.starts(self._best.profile, self._best.loss, self._elite.profiles, self._rng)
+        posterior = self._model()
+        mean = posterior.draw(1, 0.0, self._rng) if posterior is not None else None
+        return proposals.screen(mean, starts, 1, self._archive)
+
+    def _model(self) -> Posterior | None:
+        return self._knowledge.model(self._spent, self._rng)
 
     def _checked_prior(self) -> NDArray[np.float64] | None:
         if self.settings.prior is None:
@@ -406,6 +433,8 @@ class Learning:
         "_radius",
         "_switches",
         "_worth",
+        "_rated",
+        "_steady",
         "_flat",
         "_level",
         "_noise",
@@ -420,13 +449,13 @@ class Learning:
             "shape": [self.space.n, self.space.m],
             "rng": self._rng.bit_generator.state,
             "plain": {name: getattr(self, name) for name in self._PLAIN},
+            "basins": self._basins.state(),
             "stop": self.stop.name if self.stop else None,
             "start": self.start.to_dict() if self.start else None,
             "best": self._best.to_dict(),
-            "archive": self._archive.to_dict(),
+            "knowledge": self._knowledge.state(),
             "elite": self._elite.to_dict(),
             "choice": [finalist.to_dict() for finalist in self.choice],
-            "covariance": [self._shape[0], self._shape[1].to_dict()] if self._shape else None,
             "sums": self._sums.state(),
             "sources": pack(self._sources),
             "siblings": pack(self._siblings),
@@ -439,16 +468,15 @@ class Learning:
         self._rng.bit_generator.state = state["rng"]
         for name in self._PLAIN:
             setattr(self, name, state["plain"][name])
-        self._worth = dict(self._worth)
+        self._worth, self._rated = list(self._worth), list(self._rated)
+        self._basins.restore(state["basins"])
         self.stop = StopReason[state["stop"]] if state["stop"] else None
         self.start = Measurement.from_dict(state["start"]) if state["start"] else None
         self._best = Measurement.from_dict(state["best"])
-        self._archive.restore(state["archive"])
+        self._knowledge.restore(state["knowledge"])
         self._elite.restore(state["elite"])
         self.choice = tuple(map(Finalist.from_dict, state["choice"]))
         self._sums.restore(state["sums"])
-        known = state["covariance"]
-        self._shape = (known[0], Shape.from_dict(known[1])) if known else None
         self._sources, self._siblings = unpack(state["sources"]), unpack(state["siblings"])
         self._race = Race.from_dict(state["race"]) if state["race"] else None
         self._query = unpack_query(state["query"])

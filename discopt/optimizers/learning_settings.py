@@ -27,10 +27,9 @@ class LearningSettings:
     choice: int | None = None  # fidelity of the final choice, where measurements are noisy; None: the plan's
     candidates: int = 8  # random profiles to begin with
     share: int = 8  # of a race's candidates, one in so many goes on after each round
-    model_rows: int = 400  # measurements that the model is made of, at most
+    model_rows: int = 1000  # measurements that the model is made of, at most
     model_cells: int = 1 << 22  # and their levels in all; a space where fewer than 64 fit gets no model
     elite: int = 128  # profiles that are crossed
-    crossover_from: int = 300  # profiles measured before there is any crossover
     small: int = 2  # candidates of a generation to begin with, where measurements are exact
     apart: float = 0.1  # share of the units that two of these differ in, at least
     temperature: float = 0.3  # of the model's draws; 1 is Thompson sampling
