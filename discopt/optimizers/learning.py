@@ -70,7 +70,7 @@ class Learning:
         self.improved_at = 0
         self.stop: StopReason | None = None
         self.start: Measurement | None = None
-        self.choice: tuple[Finalist, ...] = ()  # the final choice, best first; () before it, or without one
+        self.choice: tuple[Finalist, ...] = ()  # the final choice, the chosen first; () before it, or without one
         self._rng = np.random.default_rng(seed)
         self._seed = int(self._rng.integers(MAX_SEED))  # of every query, where measurements are exact
         self._elite = Elite(space.n, self.settings.elite, 1 + round(self.settings.apart * space.n))
@@ -483,8 +483,9 @@ class Learning:
 
 
 def _choice_of(race: Race, winner: int) -> tuple[Finalist, ...]:
+    """The winner and then the others, the better the earlier."""
     apart, error = race.differences(winner)
-    order = np.argsort(apart, kind="stable")
+    order = np.argsort(np.where(np.arange(len(apart)) == winner, -np.inf, apart), kind="stable")
     return tuple(
         Finalist(
             race.candidates[row],
