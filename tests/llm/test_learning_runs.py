@@ -67,7 +67,8 @@ def test_uniform_and_the_additive_profiles_take_part_in_the_choice(quantize: Qua
     chosen, *others = results["choice"]
     assert (chosen["loss"], chosen["difference"]) == (results["loss"], 0)
     known = [one for one in others if one["standard_error"] is not None]
-    assert known and all(one["difference"] >= -one["standard_error"] for one in known)  # none is clearly better
+    assert known
+    assert all(one["difference"] >= -one["standard_error"] for one in known)  # none is clearly better
 
 
 def test_the_choice_is_made_on_text_that_the_search_never_sees(quantize: QuantizeRequest) -> None:
