@@ -206,7 +206,7 @@ def feasible_start(path: str, profile: LevelNumbers, space: SearchSpace) -> Leve
 
 
 def _choice(optimizer: Learning, heuristics: Heuristics) -> list[dict[str, Any]]:
-    """The final choice, the chosen first: `method`, `loss`, its `difference` to the chosen one and the `standard_error`."""
+    """The final choice, the chosen first: `method`, `loss`, `difference` to the chosen one and `standard_error`."""
     names: dict[bytes, list[str]] = {}
     for method in (*heuristics.methods, *heuristics.neighbours):
         names.setdefault(method.profile.tobytes(), []).append(method.name)
