@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import Self
 
 import numpy as np
@@ -49,17 +50,13 @@ class Candidates:
     @classmethod
     def changed(cls, bases: Profiles, base: Sequence[int], changes: Sequence[dict[int, int]]) -> Self:
         """A row for each dict of new levels by unit, k of them, and the index of the profile (p, n) it changes."""
-        start, unit, level = [0], list[int](), list[int]()
-        for change in changes:
-            unit.extend(change)
-            level.extend(change.values())
-            start.append(len(unit))
+        levels = [change.values() for change in changes]
         return cls(
             bases,
             np.array(base, dtype=np.intp),
-            np.array(start, dtype=np.intp),
-            np.array(unit, dtype=np.intp),
-            np.array(level, dtype=np.int16),
+            np.array([0, *accumulate(map(len, changes))], dtype=np.intp),
+            np.fromiter(chain.from_iterable(changes), dtype=np.intp),
+            np.fromiter(chain.from_iterable(levels), dtype=np.int16),
         )
 
     def __len__(self) -> int:
@@ -68,13 +65,13 @@ class Candidates:
     def rows(self) -> Profiles:
         """The profiles, (k, n), in an array of their own."""
         rows = self.bases[self.base]
-        rows[np.repeat(np.arange(len(rows)), np.diff(self.start)), self.unit] = self.level
+        rows[np.repeat(np.arange(len(rows)), self.start[1:] - self.start[:-1]), self.unit] = self.level
         return rows
 
     def row(self, index: int) -> Profiles:
         """One profile, (n,), in an array of its own."""
-        first, end = self.start[index], self.start[index + 1]
         row: Profiles = self.bases[self.base[index]].copy()
+        first, end = self.start[index : index + 2].tolist()
         row[self.unit[first:end]] = self.level[first:end]
         return row
 
@@ -90,5 +87,5 @@ class Candidates:
         q = len(profiles)
         bases = self.bases if profiles is self.bases else np.concatenate([self.bases, profiles])
         base = np.concatenate([self.base, np.arange(len(bases) - q, len(bases))])
-        start = np.concatenate([self.start, np.full(q, self.start[-1])])
+        start = np.concatenate([self.start, self.start[-1:].repeat(q)])
         return Candidates(bases, base, start, self.unit, self.level)

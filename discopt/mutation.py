@@ -8,6 +8,7 @@ rule of our own for units of different cost.
 from __future__ import annotations
 
 from bisect import bisect
+from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from discopt.candidates import Candidates
 from discopt.exchange import exchange
 from discopt.space import Ints, Levels, SearchSpace
-from discopt.switches import SCALE, TRIES, Changes, Switcher, changed
+from discopt.switches import DRAWS, SCALE, TRIES, Changes, changed, switcher, whole_numbers
 
 RULES = ("within", "across", "exchange")
 ROUNDS = 24  # times that missing offspring are drawn again before a generation goes on with fewer
@@ -68,7 +69,7 @@ def level_switch(profiles: Levels, number: NDArray[np.integer], space: SearchSpa
     possible; a row without any stays as it is.
     """
     rows: Levels = np.array(profiles, dtype=np.int16, order="C")
-    switch = Switcher(space, rng, expected=len(rows))
+    switch = switcher(space, whole_numbers(rng, DRAWS * len(rows)))
     for row, turns in zip(rows, number.tolist(), strict=True):
         for unit, level in switch(memoryview(row), turns).items():
             row[unit] = level
@@ -135,29 +136,37 @@ def _switched(
     parents: Levels, count: int, space: SearchSpace, rng: np.random.Generator, switches: tuple[float, ...]
 ) -> Candidates:
     """`mutate` within groups, one offspring after the other, each as costly as its changes."""
-    switch = Switcher(space, rng, expected=count)
-    draw = switch.draw
-    total = sum(switches) / SCALE
-    share = [weight / total for weight in accumulate(switches)]  # of at most i + 1 switches, in SCALE
-    rows = [memoryview(row) for row in parents]
+    draw = whole_numbers(rng, DRAWS * count)
+    switch = switcher(space, draw)
+    share = _shares(tuple(switches))
+    rows, several = [memoryview(row) for row in parents], len(parents) > 1
     slack = None if space.steady else space.budget - space.cost_of(parents)  # (p, r)
-    # What makes a profile: what it changes of a single parent, or its whole row, as two parents can have one child.
-    seen: set[object] = {frozenset()} if len(rows) == 1 else {row.tobytes() for row in parents}
+    # Two parents can have one child: it is known by its row. That of a single parent is known by its changes: comparing
+    # it with the few whose units have the same sum is less work than hashing them all.
+    seen: dict[object, list[object]] = {row.tobytes(): [row.tobytes()] for row in parents} if several else {0: [{}]}
     base: list[int] = []
     found: list[Changes] = []
     for _ in range(2 * ROUNDS * count):
         if len(found) == count:
             break
-        parent = draw() % len(rows) if len(rows) > 1 else 0
+        parent = draw() % len(rows) if several else 0
         changes = switch(rows[parent], bisect(share, draw()) + 1)
         if slack is not None and not _affordable(space, parents[parent], changes, slack[parent]):
             continue
-        key = frozenset(changes.items()) if len(rows) == 1 else changed(parents[parent], changes).tobytes()
-        if key not in seen:
-            seen.add(key)
+        profile = changed(parents[parent], changes).tobytes() if several else changes
+        alike = seen.setdefault(profile if several else sum(changes), [])
+        if profile not in alike:
+            alike.append(profile)
             base.append(parent)
             found.append(changes)
     return Candidates.changed(parents, base, found)
+
+
+@lru_cache
+def _shares(switches: tuple[float, ...]) -> tuple[float, ...]:
+    """Of mutations with at most i + 1 switches, in SCALE."""
+    total = sum(switches) / SCALE
+    return tuple(weight / total for weight in accumulate(switches))
 
 
 def _affordable(space: SearchSpace, profile: Levels, changes: Changes, slack: Ints) -> bool:

@@ -6,7 +6,7 @@ and no more for many units than for few.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
@@ -22,10 +22,12 @@ DRAWS = 10  # random numbers that an offspring takes
 SCALE = 1 << 30  # random numbers are whole and below it: plain Python divides those fastest
 
 Changes = dict[int, int]  # the new levels of some units
+Draw = Callable[[], int]  # of a random number in 0..SCALE-1
+Switch = Callable[[memoryview, int], Changes]
 
 
 class SwitchTables:
-    """What switches look up: `members[first[i] : first[i] + size[i]]` is the group of unit i.
+    """What switches look up: `peers[i]` are the units of unit i's group.
 
     The next level of a unit is `up[unit][level]` or `down[unit][level]`, -1 where there is none. `live` are the units
     of groups in which two can move at all.
@@ -33,83 +35,65 @@ class SwitchTables:
 
     def __init__(self, space: SearchSpace) -> None:
         members, first, size = space.group_members
+        units: list[int] = members.tolist()
+        groups = [units[start : start + count] for start, count in zip(first.tolist(), size.tolist(), strict=True)]
         can_move = (space.allowed & (space.up >= 0)).any(axis=1)
         able = np.bincount(space.group, weights=can_move)
         self.many = len(size) > 1
         self.live: list[int] = np.flatnonzero(able[space.group] > 1).tolist()
-        self.members: list[int] = members.tolist()
-        self.first: list[int] = first[space.group].tolist()
-        self.size: list[int] = size[space.group].tolist()
+        self.peers = [groups[group] for group in space.group.tolist()]
         self.up, self.down = _rows(space.up), _rows(space.down)
 
 
-class Switcher:
-    """Draws switches of one profile after another."""
+def switcher(space: SearchSpace, draw: Draw) -> Switch:
+    """Draws switches of one profile after another; a function within a function has all it looks up at hand."""
+    tables, tries = space.moves.switches, range(max(TRIES, space.n // GLANCE))
+    many, live, peers_of, up, down = tables.many, tables.live, tables.peers, tables.up, tables.down
+    if not live:
+        return lambda row, number: {}
+    anyone = live[0], peers_of[live[0]], len(peers_of[live[0]])
 
-    def __init__(self, space: SearchSpace, rng: np.random.Generator, *, expected: int) -> None:
-        self.draw = _whole_numbers(rng, DRAWS * expected).__next__
-        self._space, self._tables = space, space.moves.switches
-        self._tries = range(max(TRIES, space.n // GLANCE))
-
-    def __call__(self, row: memoryview, number: int) -> Changes:
+    def switch(row: memoryview, number: int) -> Changes:
         """What `number` switches change of a profile (n,), given as a memory view.
 
         Each picks a group with probability proportional to its number of units, among those where a switch is
         possible, then a unit to lower and another to raise, each alike likely; with no switch possible, it stays.
         """
-        draw, tries, tables, changes = self.draw, self._tries, self._tables, Changes()
-        live, members, up, down, n = tables.live, tables.members, tables.up, tables.down, len(tables.live)
-        first, size, many = 0, n, tables.many
-        for _ in range(number if n else 0):
-            unit = live[draw() % n] if many else live[0]
+        changes: Changes = {}
+        unit, peers, size = anyone
+        for _ in range(number):
             if many:
-                first, size = tables.first[unit], tables.size[unit]
+                unit = live[draw() % len(live)]
+                peers = peers_of[unit]
+                size = len(peers)
             for _ in tries:
-                lowered = members[first + draw() % size]
+                lowered = peers[draw() % size]
                 fall = down[lowered][changes[lowered] if lowered in changes else row[lowered]]
                 if fall >= 0:
                     break
             for _ in tries:
-                raised = members[first + draw() % size]
+                raised = peers[draw() % size]
                 rise = up[raised][changes[raised] if raised in changes else row[raised]]
                 if rise >= 0 and raised != lowered:
                     break
             if fall < 0 or rise < 0 or raised == lowered:  # rare: the luck of the draw, or no unit can
-                lowered, raised = self._search(changed(np.asarray(row), changes), unit)
+                lowered, raised = _search(space, draw, changed(np.asarray(row), changes), unit)
                 if raised == NONE:
                     break
-                fall, rise = (
-                    table[unit][changes.get(unit, row[unit])] for table, unit in ((down, lowered), (up, raised))
-                )
+                fall = down[lowered][changes.get(lowered, row[lowered])]
+                rise = up[raised][changes.get(raised, row[raised])]
             changes[lowered] = fall
             changes[raised] = rise
         if len(changes) < 2 * number:  # some unit was switched twice
             return {unit: level for unit, level in changes.items() if level != row[unit]}
         return changes
 
-    def _search(self, row: Levels, unit: int) -> tuple[int, int]:
-        """A random pair to lower and raise in the unit's group or, if it has none, in another; (NONE, NONE) if none."""
-        space, draw = self._space, self.draw
-        units = np.arange(space.n)
-        can_fall, can_rise = space.down[units, row] >= 0, space.up[units, row] >= 0
-        _, _, sizes = space.group_members
-        fall, rise, both = (
-            np.bincount(space.group, weights=can, minlength=len(sizes))
-            for can in (can_fall, can_rise, can_fall & can_rise)
-        )
-        possible = (fall > 0) & (rise > 0) & ~((fall == 1) & (rise == 1) & (both == 1))
-        if not possible.any():
-            return NONE, NONE
-        group = space.group[unit]
-        if not possible[group]:
-            shares = np.where(possible, sizes, 0).cumsum()
-            group = np.searchsorted(shares, draw() % shares[-1], side="right")
-        falling, rising = (np.flatnonzero(can & (space.group == group)) for can in (can_fall, can_rise))
-        if len(rising) == 1:
-            falling = falling[falling != rising[0]]
-        lowered = falling[draw() % len(falling)]
-        rising = rising[rising != lowered]
-        return int(lowered), int(rising[draw() % len(rising)])
+    return switch
+
+
+def whole_numbers(rng: np.random.Generator, block: int) -> Draw:
+    """Draws uniform numbers in 0..SCALE-1, `block` at once."""
+    return chain.from_iterable((SCALE * rng.random(block)).astype(np.int32).tolist() for _ in repeat(None)).__next__
 
 
 def changed(profile: Levels, changes: Changes) -> Levels:
@@ -126,6 +110,24 @@ def _rows(table: Levels) -> list[tuple[int, ...]]:
     return [known.setdefault(row, row) for row in map(tuple, table.tolist())]
 
 
-def _whole_numbers(rng: np.random.Generator, block: int) -> Iterator[int]:
-    """Uniform numbers in 0..SCALE-1 without end; `block` are drawn at once."""
-    return chain.from_iterable((SCALE * rng.random(block)).astype(np.int32).tolist() for _ in repeat(None))
+def _search(space: SearchSpace, draw: Draw, row: Levels, unit: int) -> tuple[int, int]:
+    """A random pair to lower and raise in the unit's group or, if it has none, in another; (NONE, NONE) if none."""
+    units = np.arange(space.n)
+    can_fall, can_rise = space.down[units, row] >= 0, space.up[units, row] >= 0
+    _, _, sizes = space.group_members
+    fall, rise, both = (
+        np.bincount(space.group, weights=can, minlength=len(sizes)) for can in (can_fall, can_rise, can_fall & can_rise)
+    )
+    possible = (fall > 0) & (rise > 0) & ~((fall == 1) & (rise == 1) & (both == 1))
+    if not possible.any():
+        return NONE, NONE
+    group = space.group[unit]
+    if not possible[group]:
+        shares = np.where(possible, sizes, 0).cumsum()
+        group = np.searchsorted(shares, draw() % shares[-1], side="right")
+    falling, rising = (np.flatnonzero(can & (space.group == group)) for can in (can_fall, can_rise))
+    if len(rising) == 1:
+        falling = falling[falling != rising[0]]
+    lowered = falling[draw() % len(falling)]
+    rising = rising[rising != lowered]
+    return int(lowered), int(rising[draw() % len(rising)])
