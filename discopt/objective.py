@@ -137,4 +137,4 @@ def _where(query: Query) -> str:
 def mean_loss(losses: Losses) -> Losses:
     """Losses of the rows, (k,) or (k, s) -> (k,); NaN becomes +inf, so that it ranks last."""
     mean = losses if losses.ndim == 1 else losses.mean(axis=1)
-    return np.where(np.isnan(mean), np.inf, mean)
+    return np.fmin(mean, np.inf)  # of a NaN and a number, fmin takes the number

@@ -22,8 +22,6 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-import numpy as np
-
 from discopt.errors import DiscoptError, RunFolderError
 from discopt.executors import SpreadObjective
 from discopt.folder import RunFolder
@@ -220,10 +218,10 @@ class _Run:
 
     def _record(self, query: Query, losses: Losses) -> dict[str, Any]:
         where = self.optimizer.describe()
-        means = mean_loss(losses)
+        means = mean_loss(losses).tolist()
         before = self.optimizer.best.profile
         self.optimizer.tell(query, losses)
-        finite = np.sort(means[np.isfinite(means)])
+        finite = sorted(filter(math.isfinite, means))
         self.evaluations += len(means)
         self.total_fidelity += len(means) * query.fidelity
         self.not_finite += len(means) - len(finite)
@@ -232,8 +230,8 @@ class _Run:
             **where,
             "fidelity": query.fidelity,
             "candidates": len(means),
-            "loss": float(finite[0]) if len(finite) else None,
-            "median": _middle(finite) if len(finite) else None,
+            "loss": finite[0] if finite else None,
+            "median": _middle(finite) if finite else None,
             "best": best if math.isfinite(best) else None,
             "not_finite": len(means) - len(finite),
             "evaluations": self.evaluations,
@@ -306,13 +304,13 @@ def _moves(before: Levels, after: Levels) -> list[list[int]]:
     """The units in which profiles (n,) differ, each with its levels before and after: [unit, before, after]."""
     if after is before:
         return []
-    units = np.flatnonzero(before != after)
-    return np.stack([units, before[units], after[units]], axis=1).tolist()
+    units = (before != after).nonzero()[0].tolist()
+    return [[unit, before.item(unit), after.item(unit)] for unit in units]
 
 
-def _middle(ordered: Losses) -> float:
+def _middle(ordered: Sequence[float]) -> float:
     """The median of losses in order; np.median would take longer than all else in a line of the trace."""
-    return float(ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
 
 
 class _Interrupts:

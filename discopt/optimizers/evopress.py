@@ -175,11 +175,12 @@ class EvoPress:
     def tell(self, query: Query, losses: Losses) -> None:
         check_answer(self._query, query)
         self._spent += query.fidelity * len(query)
-        order = np.argsort(mean_loss(losses), kind="stable")  # ties: offspring before parents, for they come first
+        means = mean_loss(losses)
+        order = means.argsort(kind="stable")  # ties: offspring before parents, for they come first
         if self._phase != _GENERATIONS:
             self._choose_start(query, losses, order)
         elif self._stage == len(self.settings.stages) - 1:
-            self._choose_parents(query, losses, order)
+            self._choose_parents(query, losses, means, order)
         else:
             survivors = np.sort(order[: self.settings.stages[self._stage].survivors])
             self._begin_stage(self._stage + 1, query.candidates.take(survivors))
@@ -271,18 +272,17 @@ class EvoPress:
             candidates = candidates.followed_by(self._parents)  # elitism against a fresh sample
         self._ask(candidates, self.settings.stages[stage].fidelity)
 
-    def _choose_parents(self, query: Query, losses: Losses, order: NDArray[np.intp]) -> None:
+    def _choose_parents(self, query: Query, losses: Losses, means: Losses, order: NDArray[np.intp]) -> None:
         """Algorithm 1, last step: the best of offspring and parents, the latter known by their index."""
         first = len(query) - len(self._parents)  # of the parents
-        means = mean_loss(losses)
         if not math.isfinite(means[order[0]]):
             order = np.roll(np.arange(len(query)), len(self._parents))  # nothing was measured: stay
         chosen = order[: self.settings.parents].tolist()
         self.generation += 1
-        if means[chosen[0]] < means[first:].min():
+        if means[chosen[0]] < min(means[first:].tolist()):
             self.improved_at = self.generation
-        self._parents = np.array([query.row(row) for row in chosen])
         self._best = Measurement.of_row(query, losses, chosen[0])
+        self._parents = np.array([self._best.profile, *map(query.row, chosen[1:])])
         if not first:
             self._finish(StopReason.EXHAUSTED)
         else:
