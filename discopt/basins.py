@@ -2,6 +2,7 @@
 
 Iterated local search (Lourenço, Martin, Stützle, 2003) with crossover, as in memetic algorithms: the next basin begins
 some random moves away from the best profile, more of them each time that led to nothing, or between two of the best.
+A model that knows the best profile leads back to it from anywhere, so a basin keeps half as far from it as it began.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from discopt import proposals
 from discopt.arrays import pack, unpack
@@ -22,6 +24,7 @@ FIRST_KICK, LARGEST_KICK = 2, 0.5  # moves away from the best: the least, and th
 CROSSED = 0.5  # of the basins that begin between two of the best, once there are some
 LEAST_ELITE = 4  # of which two are crossed
 STARTS = 16  # among which the model chooses
+APART = 0.5  # of the units that a basin's start differs from the best profile in, all its profiles have to
 
 
 class Basins:
@@ -32,14 +35,11 @@ class Basins:
         self.center: Levels | None = None  # (n,) None before anything was measured
         self.loss = math.inf  # of the center
         self._idle = 0  # measurements since it became better
-        self._moving = False  # whether the next measurement is the start of a basin
+        self.moving = False  # whether the next measurement begins a basin, and says nothing of how good candidates are
+        self._peak_profile: Levels | None = None  # the best when the last basin was left
+        self._apart = 0  # units that profiles of this basin differ from it in, at least
         self._kick = FIRST_KICK - 1
         self._peak = math.inf  # the best loss when the last basin was left
-
-    @property
-    def moving(self) -> bool:
-        """Whether what is measured next begins a basin, and says nothing of how good the candidates are."""
-        return self._moving
 
     @property
     def stuck(self) -> bool:
@@ -50,10 +50,12 @@ class Basins:
         """Take in what profiles (k, n) lost, (k,), NaN being no value."""
         row = int(means.argmin())
         better = bool(means[row] < self.loss)
-        self._idle = 0 if better or self._moving else self._idle + len(means)
-        if self.center is None or means[row] <= self.loss or self._moving:
+        self._idle = 0 if better or self.moving else self._idle + len(means)
+        if self.center is None or means[row] <= self.loss or self.moving:
             self.center, self.loss = population[row], float(means[row])
-        self._moving = False
+        if self.moving and self._peak_profile is not None:
+            self._apart = int(APART * (self.center != self._peak_profile).sum())
+        self.moving = False
 
     def starts(self, best: Levels, loss: float, elite: Levels, rng: np.random.Generator) -> Levels:
         """Where the next basin may begin, (STARTS, n), given the best profile (n,), its loss, and an elite (p, n)."""
@@ -67,18 +69,27 @@ class Basins:
         slack = self.space.budget - self.space.cost_of(rows)
         return exchange(rows, slack, np.full(STARTS, self._kick), self.space, rng)
 
-    def move(self) -> None:
-        """The next measurement is the start of a basin."""
-        self._moving = True
+    def move(self, best: Levels) -> None:
+        """The next measurement is the start of a basin, away from the best profile (n,)."""
+        self.moving, self._peak_profile = True, best
+
+    def inside(self, profiles: Levels) -> NDArray[np.bool_]:
+        """Which of the profiles (k, n) are not too near to the one that the basin is to be away from: (k,)."""
+        if self._peak_profile is None:
+            return np.ones(len(profiles), dtype=bool)
+        inside: NDArray[np.bool_] = (profiles != self._peak_profile).sum(axis=1) >= self._apart
+        return inside
 
     def state(self) -> dict[str, Any]:
         """As JSON values."""
         center = None if self.center is None else pack(self.center)
-        rest = {name: getattr(self, name) for name in ("loss", "_idle", "_moving", "_kick", "_peak")}
-        return {"center": center, "rest": rest}
+        peak = None if self._peak_profile is None else pack(self._peak_profile)
+        rest = {name: getattr(self, name) for name in ("loss", "moving", "_idle", "_apart", "_kick", "_peak")}
+        return {"center": center, "peak": peak, "rest": rest}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state()`."""
         self.center = None if state["center"] is None else unpack(state["center"])
+        self._peak_profile = None if state["peak"] is None else unpack(state["peak"])
         for name, value in state["rest"].items():
             setattr(self, name, value)

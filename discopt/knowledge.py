@@ -63,7 +63,7 @@ class Knowledge:
             self._known, self._posterior = _Known(rows, archive.forgotten, [len(archive.losses)]), None
             if self._shape is None or spent > REFIT * self._shape[0]:
                 near = self._shape[1] if self._shape is not None else None
-                shuffled = archive.rows(rng.permutation(rows))
+                shuffled = archive.rows(_shuffled(rows, archive.groups[rows], rng))
                 self._shape = spent, best_shape(self.space, *shuffled, prior=self._prior, near=near)
         elif len(archive.losses) > self._known.ends[-1]:
             self._known.ends.append(len(archive.losses))
@@ -96,3 +96,11 @@ class Knowledge:
         self._known = _Known(**{**known, "rows": unpack(known["rows"])}) if known else None
         self._shape = (shape[0], Shape.from_dict(shape[1])) if shape else None
         self._posterior = None
+
+
+def _shuffled(rows: NDArray[np.intp], groups: NDArray[np.intp], rng: np.random.Generator) -> NDArray[np.intp]:
+    """The rows (k,) in random order, those of one of the groups (k,) together."""
+    order = rng.permutation(len(rows))
+    group = groups[order]
+    _, first, member = np.unique(np.where(group < 0, -1 - np.arange(len(rows)), group), True, True)
+    return rows[order[np.argsort(first[member], kind="stable")]]

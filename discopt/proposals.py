@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,19 +24,23 @@ TOURNAMENT = 2
 
 
 class Batch:
-    """Candidates of a generation and their sources; none was measured, and none comes twice."""
+    """Candidates of a generation and their sources."""
 
     def __init__(self, archive: Archive, n: int) -> None:
         self._archive = archive
         self.rows: Levels = np.empty((0, n), dtype=np.int16)
         self.sources: NDArray[np.int8] = np.empty(0, dtype=np.int8)
 
+    def put(self, candidates: Levels, source: int) -> None:
+        """All of these (k, n), whether they were measured before or not."""
+        self._archive.remember(candidates)
+        self.rows = np.concatenate([self.rows, candidates])
+        self.sources = np.append(self.sources, np.full(len(candidates), source, dtype=np.int8))
+
     def take(self, candidates: Levels, count: int, source: int) -> int:
         """The first new ones of these (k, n), at most so many; returns how many there were."""
         new = screen(None, candidates, count, self._archive)
-        self._archive.remember(new)
-        self.rows = np.concatenate([self.rows, new])
-        self.sources = np.append(self.sources, np.full(len(new), source, dtype=np.int8))
+        self.put(new, source)
         return len(new)
 
 
@@ -46,11 +52,12 @@ def descend(
     archive: Archive,
     space: SearchSpace,
     rng: np.random.Generator,
+    inside: Callable[[Levels], NDArray[np.bool_]] | None = None,
 ) -> Levels:
     """The new profiles that draws of the model like best, on the way down from starts: (b, n), (b,) -> (at most b, n).
 
-    A descent goes on from the best of several offspring as long as the draw expects it to be better, and no more than
-    `radius` units from its start.
+    A descent goes on from the best of several offspring as long as the draw expects it to be better, no more than
+    `radius` units from its start, and `inside` what is allowed: (k, n) -> (k,).
     """
     best: dict[int, tuple[float, Levels]] = {}
     here, value = starts.copy(), model.values(starts, draw)
@@ -62,6 +69,8 @@ def descend(
         children = trade(here[going][of], gains[of], np.tile(POOL, len(going)), error, space, rng)
         expected = model.values(children, draw[going][of])
         expected[(children != starts[going][of]).sum(axis=1) > radius] = np.inf
+        if inside is not None:
+            expected[~inside(children)] = np.inf
         table = expected.reshape(len(going), -1)
         fresh = np.where(archive.new(children), expected, np.inf).reshape(table.shape)
         for place, row in enumerate(going):

@@ -9,6 +9,7 @@ AISTATS 2016). The next round has fresh and more data.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, Self
 
 import numpy as np
@@ -57,6 +58,7 @@ class Race:
         self.latest = np.full(len(candidates), np.nan)  # loss in the last round that each was in
         self._samples = np.empty((len(candidates), 0))  # NaN where a candidate was out
         self._weight = np.empty(0)  # (samples,) fidelity of each
+        self._ends: list[int] = []  # samples after each round
 
     @property
     def done(self) -> bool:
@@ -79,6 +81,7 @@ class Race:
         block[self.running] = samples
         self._samples = np.hstack([self._samples, block])
         self._weight = np.append(self._weight, np.full(samples.shape[1], self.fidelity / samples.shape[1]))
+        self._ends.append(len(self._weight))
         self.latest[self.running] = samples.mean(axis=1)
         self.round += 1
         self._drop()
@@ -127,6 +130,14 @@ class Race:
         """How much data a candidate was measured on."""
         return round(float(self._weight[~np.isnan(self._samples[row])].sum()))
 
+    def rounds(self) -> Iterator[tuple[int, NDArray[np.intp], Floats]]:
+        """Of each round its fidelity, the candidates in it, and how much more than the incumbent each lost."""
+        for fidelity, begin, end in zip(self.fidelities, [0, *self._ends], self._ends, strict=False):
+            rows = np.flatnonzero(~np.isnan(self._samples[:, begin]))
+            means = self._samples[rows, begin:end].mean(axis=1)
+            with np.errstate(invalid="ignore"):
+                yield fidelity, rows, means - means[0]  # NaN where both are infinite
+
     @property
     def winner(self) -> int:
         """The candidate that lost least in the last round among those in it; the incumbent where all lost as much."""
@@ -154,12 +165,13 @@ class Race:
             "latest": pack(self.latest),
             "samples": pack(self._samples),
             "weight": pack(self._weight),
+            "ends": self._ends,
         }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The inverse of `to_dict`."""
         race = cls(unpack(values["candidates"]), tuple(values["fidelities"]), values["share"])
-        race.running, race.round = unpack(values["running"]), values["round"]
+        race.running, race.round, race._ends = unpack(values["running"]), values["round"], list(values["ends"])
         race.latest, race._samples, race._weight = (unpack(values[key]) for key in ("latest", "samples", "weight"))
         return race

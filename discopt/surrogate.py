@@ -23,8 +23,9 @@ Features = NDArray[np.float32]
 Rows = NDArray[np.intp]
 
 CONSTANT = 10.0  # prior variance of the mean, over that of the loss
-GROUP = 1.0  # prior variance of the error that a group of losses shares, over that of the loss
+GROUP = 10.0  # prior variance of the error that a group of losses shares, once these are standardised
 LIKELIHOOD_ROWS = 250  # that the likelihood is computed on, at most
+NOISY_ROWS = 600  # the same where losses have errors, so that each says less
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,11 @@ COVARIANCES = (
     *(Covariance(PAIRS, r) for r in (0.0, 0.3, 1.0, 3.0, 10.0, 30.0)),
     *(Covariance(PRODUCT, theta) for theta in (0.05, 0.1, 0.2, 0.4)),
 )
+DOUBT = 3.0  # standard errors that a loss may be above the lowest by chance
 LENGTHS = (0.5, 2.0, 8.0)  # steps between levels after which they are alike by 1/e
 SLACKS = (0.0, 0.03, 0.1, 0.3)  # standard deviation of what the model may miss, over a loss's distance from the best
 SPREADS = np.array([0.0, 1.0, 0.5, 2.0])  # of the draws in turn, over the temperature
+SCALES = 10.0 ** np.arange(-1.5, 3.1, 0.5)  # of the loss, where its measurements have errors
 TRUST = 0.25  # prior variance of the factor to the given prior, whose mean is 1
 LEAST_SCALE = 1e-6  # at which that variance stops growing, lest it drown all else
 NOISES = (1e-4, 1e-3, 1e-2, 1e-1)  # variance of what the covariance cannot explain, over that of the loss
@@ -117,11 +120,12 @@ class Posterior:
         groups = np.full(len(losses), -1) if groups is None else groups
         features = _features(profiles, self.levels)
         expected = np.zeros(len(losses)) if self.prior is None else _expected(self.prior, profiles)
-        missed = self.shape.slack * np.maximum(losses - self.lowest, 0.0) / self.deviation
+        missed = self.shape.slack * _above(losses, variances, self.lowest) / self.deviation
         noise = self.shape.noise + missed**2 + variances / self.deviation**2 / self.shape.scale
-        own = self._covariance(features, expected, features, expected) + _shared(groups, groups)
+        own = self._covariance(features, expected, features, expected) + self._shared(groups, groups)
         own[np.diag_indices_from(own)] += noise
-        known = self._covariance(self.features, self._expected, features, expected) + _shared(self._groups, groups)
+        known = self._covariance(self.features, self._expected, features, expected)
+        known += self._shared(self._groups, groups)
         self._factor.add(known, own)
         self.features = np.concatenate([self.features, features])
         self._expected = np.append(self._expected, expected)
@@ -138,7 +142,8 @@ class Posterior:
             (draws, len(self._noise))
         )
         number, row = np.unique(self._groups, return_inverse=True)
-        drawn += np.sqrt(GROUP) * (spread * rng.standard_normal((draws, len(number))))[:, row] * (self._groups >= 0)
+        shared = spread * np.sqrt(GROUP / self.shape.scale) * rng.standard_normal((draws, len(number)))
+        drawn += shared[:, row] * (self._groups >= 0)
         weight = self._factor.solve((self._target - self._expected - drawn).T).T
         return Surrogate(
             features=self.features,
@@ -166,6 +171,10 @@ class Posterior:
         """Of rows with features and sums of the prior (a, n m), (a,) and others (b, n m), (b,): (a, b)."""
         alike = one.astype(np.float64) @ other.astype(np.float64).T
         return self.shape.covariance(alike) + CONSTANT + self._trust * np.multiply.outer(of_one, of_other)
+
+    def _shared(self, one: Rows, other: Rows) -> Floats:
+        """Covariance of the errors that groups share: (a,), (b,) -> (a, b)."""
+        return _shared(one, other) / self.shape.scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,38 +229,51 @@ def best_shape(
 
     Found by coordinate ascent, from `near` on.
     """
-    rows = slice(0, LIKELIHOOD_ROWS)
-    profiles, losses = profiles[rows], losses[rows]
+    noisy = bool(variances.any())
+    rows = slice(0, NOISY_ROWS if noisy else LIKELIHOOD_ROWS)
+    profiles, losses, variances = profiles[rows], losses[rows], variances[rows]
     mean, deviation = standard(losses)
     target = (losses - mean - (0.0 if prior is None else _expected(prior, profiles))) / deviation
     target -= target.mean()
-    above = (losses - losses.min()) / deviation
-    shared = CONSTANT if groups is None else CONSTANT + _shared(groups[rows], groups[rows])
+    above = _above(losses, variances, losses.min()) / deviation
+    shared = 0.0 if groups is None else _shared(groups[rows], groups[rows])
     alike: dict[float, Floats] = {}
+    # Without errors the likeliest scale follows from the rest.
+    scales: list[dict[str, Any]] = [{"scale": float(scale)} for scale in SCALES] if noisy else []
     shape, best = near or Shape(Covariance(PAIRS, 1.0), NOISES[0], 1.0, SLACKS[-1]), -np.inf
     for options in (
+        scales,
         [{"covariance": c, "slack": slack} for c in COVARIANCES for slack in SLACKS],
+        scales,
         [{"length": length} for length in LENGTHS if space.m > 2],
         [{"noise": noise, "slack": slack} for noise in NOISES for slack in SLACKS],
+        scales,
     ):
         for option in options:
             tried = replace(shape, **option)
             if tried.length not in alike:
                 features = _features(profiles, level_features(space.n, space.m, tried.length)).astype(np.float64)
                 alike[tried.length] = features @ features.T
-            noise = tried.noise + (tried.slack * above) ** 2 + variances[rows] / deviation**2
-            known = np.asarray(tried.covariance(alike[tried.length]) + shared, dtype=np.float64)
-            likelihood, scale = _likelihood(known, noise, target)
+            noise = tried.noise + (tried.slack * above) ** 2 + variances / deviation**2 / tried.scale
+            known = np.asarray(tried.covariance(alike[tried.length]) + CONSTANT + shared / tried.scale)
+            likelihood, scale = _likelihood(known, noise, target, tried.scale if noisy else None)
             if likelihood > best:
                 best, shape = likelihood, replace(tried, scale=scale)
     return shape
 
 
-def _likelihood(covariance: Floats, noise: Floats, target: Floats) -> tuple[float, float]:
-    """Logarithm of the likelihood, but for a constant, at the scale where it is highest, and that scale."""
+def _likelihood(covariance: Floats, noise: Floats, target: Floats, scale: float | None) -> tuple[float, float]:
+    """Logarithm of the likelihood, but for a constant, and the scale: that given, or the likeliest."""
     factor = cholesky(covariance + np.diag(noise))
-    scale = max(float((solved(factor, target[:, None]) ** 2).mean()), 1e-12)
-    return float(-0.5 * len(target) * np.log(scale) - np.log(np.diag(factor)).sum()), scale
+    square = float((solved(factor, target[:, None]) ** 2).mean())
+    scale = max(square, 1e-12) if scale is None else scale
+    likelihood = -0.5 * len(target) * (np.log(scale) + square / scale) - np.log(np.diag(factor)).sum()
+    return float(likelihood), scale
+
+
+def _above(losses: Floats, variances: Floats, lowest: float) -> Floats:
+    """How much higher than the lowest losses (N,) are, beyond doubt: (N,)."""
+    return np.maximum(losses - lowest - DOUBT * np.sqrt(variances), 0.0)
 
 
 def _shared(one: Rows, other: Rows) -> Floats:

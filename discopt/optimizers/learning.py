@@ -41,7 +41,9 @@ from discopt.space import Levels, SearchSpace
 from discopt.sums import ROWS, Sums
 from discopt.surrogate import Posterior
 
+NOISY = 3  # times as many rows of the model where measurements are noisy, and each says less
 RUNNERS_UP = 1  # of the final choice
+CHOICE_SHARE = 0.03  # of the budget, at most, for comparing its two best
 MODEL, SWITCH, MERGE = range(3)  # sources of candidates
 UNSOURCED = -1  # a random profile, where the sources know nothing new
 FIRST = 8  # candidates of the first generations, enough to tell whether the loss is a sum, and where it is rugged
@@ -86,6 +88,7 @@ class Learning:
         self._level = 0.0  # what the incumbent is thought to lose, where measurements are noisy
         self._steady = False  # whether full measurements have no noise
         self._noise = 0.0  # variance of a paired difference at fidelity 1
+        self._rounds = 0  # of all races
         self._spent = 0
         self._exhausted = False
         self._phase = _START
@@ -93,7 +96,7 @@ class Learning:
         known = [*given, *map(np.asarray, (*self.settings.rivals, *self.settings.references))]
         self._uniform = space.nearest_uniform()
         first = [*map(space.check, known[: len(given)]), self._uniform, *map(space.check, known[len(given) :])]
-        rows, cells = self.settings.model_rows, self.settings.model_cells
+        rows, cells = self.settings.model_rows * (1 if self.exact else NOISY), self.settings.model_cells
         self._knowledge = Knowledge(space, rows=rows, cells=cells, prior=self._checked_prior())
         self._archive = self._knowledge.archive
         random = space.random(self.settings.candidates, self._rng)
@@ -176,15 +179,16 @@ class Learning:
             behind[race.last], variance[race.last] = race.latest[race.last] - race.latest[0], 0.0
         winner = self._chosen(race) if self._phase == _CHOICE else race.winner
         if self._phase != _CHOICE:
-            own = variance / 2  # of each by itself, for it is the error of a difference
-            own[0] = 0.0 if steady else self._noise / fidelity[0] / 2
-            group = -1 if steady else self.generation + (self._phase == _SEARCH)  # the start is one of its own
-            self._archive.add(race.candidates, self._level + behind, own, group)
+            if steady:
+                self._archive.add(race.candidates, self._level + behind, variance / 2)
+            else:
+                self._learn_rounds(race, variance * fidelity)
             self._elite.offer(race.candidates[1:], self._level + behind[1:] + np.sqrt(variance[1:]))
         if self._phase == _SEARCH and not steady and (posterior := self._model()) is not None:
-            running = race.last
-            winner = int(running[posterior.joint(race.candidates[running])[0].argmin()])
-        if np.isfinite(race.latest[[0, winner]]).all():  # of the last round alone, which did not choose the winner
+            mean, _ = posterior.joint(race.candidates[race.last])
+            winner = int(race.last[mean.argmin()])
+            self._level = float(mean.min())
+        elif np.isfinite(race.latest[[0, winner]]).all():
             self._level += float(race.latest[winner] - race.latest[0])
         last = int(np.flatnonzero((query.population == race.candidates[winner]).all(axis=1))[0])
         if winner or self._phase != _SEARCH or query.fidelity >= self._best.fidelity:
@@ -196,6 +200,17 @@ class Learning:
             self._note_siblings(race.candidates[0], race.candidates[1:], lost)
             self._rate(behind[1:] < -error[1:], improved=winner > 0, lost=behind[1:])
         self._advance(improved=winner > 0)
+
+    def _learn_rounds(self, race: Race, variance: NDArray[np.float64]) -> None:
+        """Take in each round by itself, for the incumbent's error is shared by all losses that are compared with it.
+
+        The variances (k,) are those of differences to the incumbent at fidelity 1; half of each is the candidate's own.
+        """
+        variance[0] = self._noise
+        for fidelity, rows, more in race.rounds():
+            own = variance[rows] / fidelity / 2
+            self._archive.add(race.candidates[rows], self._level + more, own, self._rounds)
+            self._rounds += 1
 
     def _is_steady(self, race: Race) -> bool:
         """Whether the incumbent lost exactly as much as when it was last measured in full: then there is no noise."""
@@ -258,12 +273,8 @@ class Learning:
                 return
             self._exhausted = True
         finalists = self._finalists()
-        fidelity = min(4 * left // (len(finalists) + 12), self._choice_fidelity)
-        rounds: tuple[int, ...] = (fidelity // 4, fidelity)  # the first parts with those that are clearly worse
-        if fidelity < 4:
-            fidelity = min(left // len(finalists), self._choice_fidelity)
-            rounds = (fidelity,)
-        if self.exact or self._phase == _CHOICE or fidelity < 1:
+        rounds = self._choice_rounds(len(finalists), left)
+        if self.exact or self._phase == _CHOICE or not rounds:
             self.stop = StopReason.EXHAUSTED if self._exhausted else StopReason.EVALUATIONS
             self._query, self._race = None, None
             return
@@ -279,8 +290,11 @@ class Learning:
 
     @property
     def _rules(self) -> tuple[tuple[int, ...], int]:
-        """Rounds of a race, and the share that goes on after each."""
-        first = self.settings.first or max(1, self.plan.fidelity // 8)
+        """Rounds of a race, and the share that goes on after each.
+
+        The first ones grow, so that the model's rows, which are bounded, hold most of what was measured.
+        """
+        first = max(self.settings.first or self.plan.fidelity // 8, self._spent // self.settings.model_rows, 1)
         return rounds_to(self.plan.fidelity, first), self.settings.share
 
     def _begin(self, candidates: Levels) -> None:
@@ -302,15 +316,16 @@ class Learning:
         self._query = Query(self._race.population, self._race.fidelity, seed, fresh=fresh)
 
     def _finalists(self) -> Levels:
-        """Those of the final choice, the best first; the last is what the model expects least of: (k, n)."""
+        """Those of the final choice, the best first: (k, n)."""
         references = [np.array(profile, dtype=np.int16) for profile in self.settings.references]
-        known = [self._best.profile, self._uniform, *references, *self._elite.profiles[:RUNNERS_UP]]
+        begun = [self.start.profile] if self.start is not None else []
+        known = [self._best.profile, *begun, self._uniform, *references, *self._elite.profiles[:RUNNERS_UP]]
         if not self.exact and (posterior := self._model()) is not None:
             starts, draw = np.repeat(self._best.profile[None], DESCENTS, axis=0), np.arange(DESCENTS)
             model = posterior.draw(DESCENTS, 0.0, self._rng)  # their mean, each time
             found = proposals.descend(model, starts, draw, self.space.n, self._archive, self.space, self._rng)
-            if len(found):
-                known.append(found[posterior.joint(found)[0].argmin()])
+            found = np.concatenate([self._believed(posterior), found])
+            known.append(found[posterior.joint(found)[0].argmin()])
         return distinct(np.stack(known))
 
     @property
@@ -318,9 +333,26 @@ class Learning:
         return self.settings.choice or self.plan.fidelity
 
     def _choice_cost(self) -> int:
-        """What the final choice takes at most: three profiles in the last round, all in a quarter of that before."""
-        finalists = 3 + len(self.settings.references) + RUNNERS_UP
-        return (finalists + 12) * self._choice_fidelity // 4
+        """What the final choice takes at most: three profiles in the second round, all in a quarter of that before."""
+        finalists = 4 + len(self.settings.references) + RUNNERS_UP
+        return (finalists + 12 + 8 * self._choice_repeats) * self._choice_fidelity // 4
+
+    @property
+    def _choice_repeats(self) -> int:
+        """Rounds of the two best that follow, where there is more to measure them on."""
+        return 0 if self.settings.choice else int(CHOICE_SHARE * self.plan.evaluations / 2)
+
+    def _choice_rounds(self, finalists: int, left: int) -> tuple[int, ...]:
+        """Fidelities of the final choice's rounds, for which so much of the budget is left; none if that is too little.
+
+        The first, with less data, parts with those that are clearly worse.
+        """
+        fidelity = min(4 * left // (finalists + 12), self._choice_fidelity)
+        if fidelity < 4:
+            fidelity = min(left // finalists, self._choice_fidelity)
+            return (fidelity,) if fidelity else ()
+        repeats = min((4 * left // fidelity - finalists - 12) // 8, self._choice_repeats)
+        return (fidelity // 4, *[fidelity] * (1 + repeats))
 
     def _propose(self, count: int) -> Levels:
         """New candidates, (at most count, n)."""
@@ -353,7 +385,7 @@ class Learning:
         rng, space, basins = self._rng, self.space, self._basins
         batch = proposals.Batch(self._archive, space.n)
         if self._is_stuck and batch.take(self._elsewhere(), 1, UNSOURCED):
-            basins.move()
+            basins.move(self._best.profile)
             self._sources = batch.sources
             return batch.rows
         center = basins.center if self.exact and basins.center is not None else self._best.profile
@@ -361,10 +393,14 @@ class Learning:
         posterior = self._model() if rng.random() >= self._flat else None
         if len(self._siblings) > 2 and count > 1:
             batch.take(proposals.merged(self._siblings[0], self._siblings[1:], space, rng), 1, MERGE)
+        if posterior is not None and not self.exact:
+            believed = self._believed(posterior)
+            batch.put(believed[(believed != center).any(axis=1)], MODEL)
         left = count - len(batch.sources)
         blind = int(rng.binomial(left, self._blind_share if posterior is not None else 1.0))
         if blind:
-            batch.take(proposals.switched(center[None], 2 * blind, self._most_switches, space, rng), blind, SWITCH)
+            switched = proposals.switched(center[None], 2 * blind, self._most_switches, space, rng)
+            batch.take(switched[basins.inside(switched)], blind, SWITCH)
         left = count - len(batch.sources)
         if posterior is not None and left and len(pool := self._pool(posterior, center)):
             batch.take(pool[proposals.choose(posterior, center, pool, left, rng)], left, MODEL)
@@ -372,6 +408,12 @@ class Learning:
             batch.take(space.random(count, rng), count, UNSOURCED)
         self._sources = batch.sources
         return batch.rows
+
+    def _believed(self, posterior: Posterior) -> Levels:
+        """Of what the posterior was made of, the profile that it thinks best, though it may have lost a race: (1, n)."""
+        rows = distinct(self._archive.profiles[-len(posterior.features) :])
+        mean = posterior.draw(1, 0.0, self._rng)
+        return rows[[mean.values(rows, np.zeros(len(rows), dtype=np.intp)).argmin()]]
 
     @property
     def _blind_share(self) -> float:
@@ -388,14 +430,15 @@ class Learning:
         rng, archive, space, elite = self._rng, self._archive, self.space, self._elite.profiles
         model = posterior.draw(DESCENTS, self.settings.temperature, rng)
         starts, draw = np.repeat(center[None], DESCENTS, axis=0), np.arange(DESCENTS)
+        inside = self._basins.inside
         pool = [
-            proposals.descend(model, starts, draw, int(self._radius), archive, space, rng),
+            proposals.descend(model, starts, draw, int(self._radius), archive, space, rng, inside),
             proposals.switched(center[None], SWITCHED, self._most_switches, space, rng),
         ]
         if len(elite) > 1:
             pool.append(proposals.crossed(elite, CROSSED, space, rng))
         rows = np.concatenate(pool)
-        return rows[archive.new(rows)]
+        return rows[archive.new(rows) & inside(rows)]
 
     @property
     def _is_stuck(self) -> bool:
@@ -438,6 +481,7 @@ class Learning:
         "_flat",
         "_level",
         "_noise",
+        "_rounds",
         "_spent",
         "_exhausted",
         "_phase",
