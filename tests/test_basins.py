@@ -50,7 +50,7 @@ def test_a_basin_is_left_when_nothing_got_better_for_long() -> None:
 def test_the_start_of_a_basin_is_its_center_though_it_is_worse() -> None:
     basins = begun()
     basins.learn(ROWS[:40], np.full(40, 1.5))
-    basins.move()
+    basins.move(ROWS[0])
     assert basins.moving
     basins.learn(ROWS[9:10], np.array([3.0]))
     np.testing.assert_array_equal(basins.center, ROWS[9])
@@ -95,8 +95,24 @@ def test_some_basins_begin_between_two_of_an_elite() -> None:
 def test_they_go_through_json() -> None:
     basins = begun()
     basins.learn(ROWS[1:9], np.linspace(1, 2, 8))
-    basins.move()
+    basins.move(ROWS[0])
     other = Basins(SPACE)
     other.restore(json.loads(json.dumps(basins.state())))
     assert json.dumps(other.state()) == json.dumps(basins.state())
     np.testing.assert_array_equal(other.center, basins.center)
+
+
+def test_a_basin_keeps_half_as_far_from_the_best_as_it_began() -> None:
+    basins = begun()
+    assert basins.inside(ROWS).all()
+    basins.move(ROWS[0])
+    basins.learn(ROWS[9:10], np.array([3.0]))
+    apart = int((ROWS[9] != ROWS[0]).sum()) // 2
+    walk = np.where(np.arange(30)[None] < np.arange(31)[:, None], ROWS[9], ROWS[0])  # from the best to the start
+    differ = (walk != ROWS[0]).sum(axis=1)
+    np.testing.assert_array_equal(basins.inside(walk), differ >= apart)
+    basins.learn(ROWS[9:10], np.array([2.0]))  # another measurement begins no basin
+    np.testing.assert_array_equal(basins.inside(walk), differ >= apart)
+    again = Basins(SPACE)
+    again.restore(json.loads(json.dumps(basins.state())))
+    np.testing.assert_array_equal(again.inside(walk), differ >= apart)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from discopt import SearchSpace
-from discopt.knowledge import LEAST_ROWS, Knowledge
+from discopt.knowledge import LEAST_ROWS, Knowledge, _shuffled
 
 N, M = 12, 4
 SPACE = SearchSpace.build(np.tile(np.arange(M), (N, 1)), 18)
@@ -76,3 +76,13 @@ def test_of_noisy_losses_it_knows_the_latest_not_the_luckiest() -> None:
     exact, noisy = (grown(280, rows=100, noise=noise)[0].archive for noise in (0.0, 0.5))
     assert noisy.chosen(75).tolist() == list(range(205, 280))
     assert int(loss(PROFILES[:280]).argmin()) in exact.chosen(75)
+
+
+def test_groups_stay_together_when_rows_are_shuffled() -> None:
+    rows, groups = np.arange(100, 130), np.repeat([-1, 3, 5, -1, 8], 6)
+    shuffled = _shuffled(rows, groups, np.random.default_rng(0))
+    np.testing.assert_array_equal(np.sort(shuffled), rows)
+    places = [np.flatnonzero(groups[shuffled - 100] == group) for group in (3, 5, 8)]
+    assert all(np.ptp(place) == 5 for place in places)
+    alone = np.flatnonzero(groups[shuffled - 100] < 0)
+    assert np.ptp(alone) > len(alone) and (np.diff(shuffled[alone]) < 0).any()

@@ -16,6 +16,7 @@ from discopt.problems import leading_ones, linear, noisy, quadratic, separable
 from tests.spaces import SPACES
 
 Loss = Callable[..., np.ndarray]
+LARGE = SearchSpace.build(np.tile(np.arange(5), (24, 1)), 48)
 EXACT, NOISY = Plan(60, 8), Plan(30, 6, 16)
 
 
@@ -236,6 +237,55 @@ def test_the_final_choice_is_among_uniform_references_and_the_best_on_fresh_data
     assert sum(query.fidelity for query in fresh) <= 2 * 16
 
 
+def test_the_start_and_what_the_model_thinks_best_are_finalists() -> None:
+    space = SPACES["unequal"]()
+    search = Learning(space, Plan(60, 6, 16), seed=6)
+    queries = run(search, shaken(additive(space)))
+    finalists = next(query.population for query in queries if query.fresh)
+    assert search.start is not None and same(search.start.profile, finalists)
+    posterior = search._model()
+    assert posterior is not None
+    believed = search._believed(posterior)
+    assert posterior.joint(finalists)[0].min() <= posterior.joint(believed)[0][0] + 1e-6
+
+
+def test_a_larger_budget_compares_the_best_again_and_again() -> None:
+    def fresh(settings: LearningSettings | None = None) -> list[Query]:
+        queries = run(Learning(LARGE, Plan(200, 6, 16), settings, seed=6), shaken(additive(LARGE), 4.0))
+        assert 190 * 16 < spent(queries) <= 200 * 16
+        return [query for query in queries if query.fresh]
+
+    queries = fresh()
+    assert len(queries) > 3 and {query.fidelity for query in queries[1:]} == {16}
+    assert {len(query) for query in queries[2:]} == {2}
+    assert len({query.seed for query in queries}) == len(queries)
+    assert spent(queries[2:]) <= 0.03 * 200 * 16
+    assert len(fresh(LearningSettings(choice=16))) <= 2  # where that is all the data there is for it
+
+
+def test_what_the_model_thinks_best_races_again() -> None:
+    search, raced = Learning(LARGE, Plan(60, 6, 16), seed=6), 0
+    loss = as_objective(shaken(additive(LARGE), 8.0))
+    while not search.done:
+        query, generation = search.ask(), search.generation
+        search.tell(query, evaluate(loss, query))
+        asked, posterior = search._query, search._model()
+        if asked is None or asked.fresh or posterior is None or search.generation == generation or search._sources.flat:
+            continue
+        believed = search._believed(posterior)[0]
+        assert same(believed, asked.population)
+        raced += not (believed == search.best.profile).all()
+    assert raced
+
+
+def test_rounds_take_more_data_the_more_was_spent() -> None:
+    search = Learning(LARGE, Plan(100, 6, 64), LearningSettings(model_rows=200), seed=6)
+    queries = [query for query in run(search, shaken(additive(LARGE), 4.0)) if not query.fresh]
+    first = [query.fidelity for query in queries if len(query) == 7]  # the incumbent and six candidates
+    assert first[0] == 8 and first == sorted(first)
+    assert first[-1] == pytest.approx(100 * 64 / 200, rel=0.2)
+
+
 def test_exact_searches_make_no_choice() -> None:
     space = SPACES["unequal"]()
     search = Learning(space, EXACT)
@@ -397,7 +447,7 @@ def test_sources_belong_to_the_candidates_that_were_asked() -> None:
     while not search.done:
         query = search.ask()
         if search.describe()["phase"] == "search":
-            assert len(search._sources) == len(query)
+            assert len(search._sources.of) == len(query)
         search.tell(query, additive(space)(query.population))
 
 
@@ -412,9 +462,9 @@ def test_changes_of_siblings_that_beat_one_parent_are_merged() -> None:
         phase = search.describe()["phase"]
         generation = search.generation
         run(search, loss, turns=1)
-        if phase == "search" and search.generation > generation and len(search._siblings) > 1:
-            np.testing.assert_array_equal(search._siblings[0], before)
-            assert (loss(search._siblings[1:]) < loss(before[None])).all()
+        if phase == "search" and search.generation > generation and len(search._sources.siblings) > 1:
+            np.testing.assert_array_equal(search._sources.siblings[0], before)
+            assert (loss(search._sources.siblings[1:]) < loss(before[None])).all()
             compared += 1
     assert compared > 3
 

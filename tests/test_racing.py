@@ -215,3 +215,18 @@ def test_a_race_comes_back_from_json_as_it_was(turn: int) -> None:
 def test_a_race_without_runners_rounds_or_share_is_refused(k, fidelities, share, got) -> None:
     with pytest.raises(ValueError, match=got):
         Race(candidates(k), fidelities, share)
+
+
+def test_each_round_says_how_much_more_than_the_incumbent_was_lost_in_it() -> None:
+    race = Race(candidates(5), FIDELITIES, share=2)
+    answers = []
+    for turn in range(2):
+        race = Race.from_dict(json.loads(json.dumps(race.to_dict())))
+        rows = race.population[:, 0]
+        answers.append((race.fidelity, rows, np.arange(len(rows))[:, None] * [1.0, 3.0] + 10 * turn))
+        race.tell(answers[-1][2])
+    assert len(answers[1][1]) < len(answers[0][1])
+    for (fidelity, rows, answer), (said, these, more) in zip(answers, race.rounds(), strict=True):
+        assert said == fidelity
+        np.testing.assert_array_equal(these, rows)
+        np.testing.assert_allclose(more, answer.mean(axis=1) - answer[0].mean())

@@ -277,7 +277,8 @@ def test_profiles_added_one_after_the_other_are_known_as_well(shape: Shape, prof
     for part in (rest[:1], rest[1:20], rest[20:]):
         grown.add(profiles[part], losses[part], variances[part], groups[part])
     matrix = grown._covariance(grown.features, grown._expected, grown.features, grown._expected)
-    matrix += np.diag(grown._noise) + GROUP * (np.equal.outer(grown._groups, grown._groups) & (grown._groups >= 0))
+    same = np.equal.outer(grown._groups, grown._groups) & (grown._groups >= 0)
+    matrix += np.diag(grown._noise) + GROUP / shape.scale * same
     weight = np.linalg.solve(matrix, grown._target - grown._expected)
     np.testing.assert_allclose(grown.draw(1, 0.0, np.random.default_rng(0)).weight[0], weight, rtol=1e-4, atol=1e-4)
     mean, covariance = grown.joint(others[:5])
@@ -335,3 +336,19 @@ def test_losses_that_are_all_alike_are_no_error(profiles, others) -> None:
 def test_a_shape_goes_through_json() -> None:
     shape = Shape(PRODUCT, 1e-3, 0.7)
     assert Shape.from_dict(json.loads(json.dumps(shape.to_dict()))) == shape
+
+
+@pytest.mark.parametrize("error", [0.1, 1.0, 5.0])
+def test_the_scale_is_that_of_the_loss_whatever_the_errors(error: float, others) -> None:
+    """Differences from the truth are as large as the model says, to a factor of three."""
+    rng, table = np.random.default_rng(15), table_of(1)
+    profiles, groups = SPACE.random(400, rng), np.arange(400) // 16
+    truth = total(table, others)
+    error *= truth.std()
+    losses = total(table, profiles) + error * (rng.normal(size=400) + rng.normal(size=25)[groups])
+    variances = np.full(400, error**2)
+    shape = best_shape(SPACE, profiles, losses, variances, groups)
+    mean, covariance = Posterior(SPACE, shape, profiles, losses, variances, groups).joint(others)
+    centre = np.eye(len(others)) - 1 / len(others)  # only differences count
+    spread = np.sqrt((((centre @ (mean - truth)) ** 2).sum()) / np.trace(centre @ covariance @ centre))
+    assert 1 / 3 < spread < 3

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from discopt import proposals
 from discopt.archive import Elite
-from discopt.arrays import pack, unpack
 from discopt.basins import Basins
 from discopt.knowledge import Knowledge
 from discopt.objective import Losses, Query, mean_loss
@@ -36,7 +35,8 @@ from discopt.optimizers.base import (
 from discopt.optimizers.evopress import MAX_SEED
 from discopt.optimizers.learning_settings import Finalist, LearningSettings
 from discopt.optimizers.plan import Plan
-from discopt.racing import Race, race_cost, rounds_to
+from discopt.racing import BEHIND, Race, race_cost, rounds_to
+from discopt.sources import MERGE, MODEL, SWITCH, UNSOURCED, Sources
 from discopt.space import Levels, SearchSpace
 from discopt.sums import ROWS, Sums
 from discopt.surrogate import Posterior
@@ -44,14 +44,9 @@ from discopt.surrogate import Posterior
 NOISY = 3  # times as many rows of the model where measurements are noisy, and each says less
 RUNNERS_UP = 1  # of the final choice
 CHOICE_SHARE = 0.03  # of the budget, at most, for comparing its two best
-MODEL, SWITCH, MERGE = range(3)  # sources of candidates
-UNSOURCED = -1  # a random profile, where the sources know nothing new
 FIRST = 8  # candidates of the first generations, enough to tell whether the loss is a sum, and where it is rugged
 DESCENTS = 4  # on draws from the model, in a generation
 SWITCHED, CROSSED = 64, 16  # of the pool
-BLIND = (0.1, 0.9)  # least and largest share of blind switches
-LEAST_WORTH = 1e-9  # of a source, that shares are made of
-RATED = 0.1  # weight of a generation in what a source is worth, once there were ten
 PLATEAU = 0.5  # share of candidates that lose what the incumbent does, from which on the search stays where it is
 DRAWS = 4  # candidates of a generation where the loss is a sum
 _START, _SEARCH, _CHOICE = "start", "search", "choice"  # what a query is for
@@ -77,13 +72,7 @@ class Learning:
         self._seed = int(self._rng.integers(MAX_SEED))  # of every query, where measurements are exact
         self._elite = Elite(space.n, self.settings.elite, 1 + round(self.settings.apart * space.n))
         self._sums = Sums(space)
-        self._radius = min(self.settings.radius, space.n)
-        self._switches = 3.0
-        self._worth = [0.0, 0.0, 0.0]  # what a candidate of each source gains, on average
-        self._rated = [0, 0, 0]  # generations that it had a part in
-        self._flat = 0.0  # share of the latest candidates that lost exactly as much as the incumbent
-        self._sources: NDArray[np.int8] = np.empty(0, dtype=np.int8)  # of the candidates, the incumbent without
-        self._siblings: Levels = np.empty((0, space.n), dtype=np.int16)  # a parent, and its children that beat it
+        self._sources = Sources(space.n, self.settings.radius)
         self._basins = Basins(space)
         self._level = 0.0  # what the incumbent is thought to lose, where measurements are noisy
         self._steady = False  # whether full measurements have no noise
@@ -138,7 +127,7 @@ class Learning:
             self._learn_exact(query, losses)
         else:
             self._race.tell(losses)
-            alone = self._phase != _SEARCH and self._race.round < len(self._race.fidelities)
+            alone = self._phase != _SEARCH and query.fidelity < self._race.fidelities[-1]
             if self._phase == _START:  # until the race is over
                 self._best = Measurement.of_row(query, losses, int(mean_loss(losses).argmin()))
             if not self._race.done or alone:  # the start and the answer are measured in full, even by themselves
@@ -152,15 +141,15 @@ class Learning:
         lost = np.subtract(means, basins.loss, out=np.full(len(means), np.inf), where=np.isfinite(means))
         if self._phase == _SEARCH and basins.center is not None:
             self._sums.learn(basins.center, basins.loss, query.population, means)
-            self._note_siblings(basins.center, query.population, lost)
+            self._sources.note_siblings(basins.center, query.population, lost)
         self._archive.add(query.population, means, np.zeros(len(means)))
         self._elite.offer(query.population, means)
         row = int(means.argmin())
         improved = bool(means[row] < self._best.loss) or not np.isfinite(self._best.loss)
         if improved or means[row] == self._best.loss:
             self._best = Measurement.of_row(query, losses, row)
-        if not basins.moving:
-            self._rate(lost < 0, improved=bool(lost[row] < 0), lost=lost)
+        if self._phase == _SEARCH and not basins.moving:
+            self._sources.rate(lost, lost < 0, by_gain=True, improved=bool(lost[row] < 0))
         basins.learn(query.population, means)
         self._advance(improved=improved)
 
@@ -177,13 +166,12 @@ class Learning:
         steady = query.fidelity == self.plan.fidelity and self._is_steady(race)
         if steady:  # the last round said all there is to know of those in it
             behind[race.last], variance[race.last] = race.latest[race.last] - race.latest[0], 0.0
+        if steady:
+            self._archive.add(race.candidates, self._level + behind, variance / 2)
+        else:
+            self._learn_rounds(race, variance * fidelity)
+        self._elite.offer(race.candidates[1:], self._level + behind[1:] + np.sqrt(variance[1:]))
         winner = self._chosen(race) if self._phase == _CHOICE else race.winner
-        if self._phase != _CHOICE:
-            if steady:
-                self._archive.add(race.candidates, self._level + behind, variance / 2)
-            else:
-                self._learn_rounds(race, variance * fidelity)
-            self._elite.offer(race.candidates[1:], self._level + behind[1:] + np.sqrt(variance[1:]))
         if self._phase == _SEARCH and not steady and (posterior := self._model()) is not None:
             mean, _ = posterior.joint(race.candidates[race.last])
             winner = int(race.last[mean.argmin()])
@@ -197,8 +185,8 @@ class Learning:
             self.choice = _choice_of(race, winner)
         if self._phase == _SEARCH:
             lost = np.where(known[1:], behind[1:] + error[1:], np.inf)
-            self._note_siblings(race.candidates[0], race.candidates[1:], lost)
-            self._rate(behind[1:] < -error[1:], improved=winner > 0, lost=behind[1:])
+            self._sources.note_siblings(race.candidates[0], race.candidates[1:], lost)
+            self._sources.rate(behind[1:], behind[1:] < -error[1:], by_gain=False, improved=winner > 0)
         self._advance(improved=winner > 0)
 
     def _learn_rounds(self, race: Race, variance: NDArray[np.float64]) -> None:
@@ -219,9 +207,19 @@ class Learning:
         return self._steady
 
     def _chosen(self, race: Race) -> int:
-        """The finalist to answer with: the search's best, unless another is better by more than the error."""
+        """The finalist to answer with: of those that are not clearly worse here, what the model thinks best.
+
+        It knows both the search and this race. Without one the search's best, unless another is better by an error.
+        """
         behind, error = race.differences(race.leader)
-        return 0 if 0 in race.last and behind[0] <= error[0] < np.inf else race.leader
+        posterior = None if self._steady else self._model()
+        if posterior is None:
+            return 0 if 0 in race.last and behind[0] <= error[0] < np.inf else race.leader
+        hopeful = race.last[np.isfinite(behind[race.last]) & (behind[race.last] <= BEHIND * error[race.last])]
+        if not len(hopeful):
+            return race.leader
+        mean, _ = posterior.joint(race.candidates[hopeful])
+        return int(hopeful[mean.argmin()])
 
     def _advance(self, *, improved: bool) -> None:
         if self._phase == _START:
@@ -230,35 +228,6 @@ class Learning:
             self.generation += 1
             if improved:
                 self.improved_at = self.generation
-
-    def _rate(self, worthy: NDArray[np.bool_], *, improved: bool, lost: NDArray[np.float64]) -> None:
-        """Learn what the sources are worth, how far to go, and how many switches to make."""
-        if self._phase != _SEARCH:
-            return
-        for source in (MODEL, SWITCH, MERGE):
-            if (own := self._sources[: len(worthy)] == source).any():
-                gains = np.maximum(-lost[own], 0.0)
-                gain = float(gains.mean() if self.exact and np.isfinite(gains).all() else worthy[own].mean())
-                self._rated[source] += 1
-                self._worth[source] += max(RATED, 1 / self._rated[source]) * (gain - self._worth[source])
-        self._flat += 0.2 * (float((lost == 0).mean()) - self._flat)
-        self._radius = min(1.3 * self._radius, self.space.n) if improved else max(0.95 * self._radius, 2.0)
-        switched = self._sources[: len(lost)] == SWITCH
-        if switched.any():
-            share = float((lost[switched] < 0).mean())
-            self._switches = float(np.clip(self._switches * 1.5 ** np.sign(share - 0.2), 1.0, self.space.n / 4 + 1))
-
-    def _note_siblings(self, parent: Levels, candidates: Levels, lost: NDArray[np.float64]) -> None:
-        """Keep the candidates (k, n), switched or of the model, that lost less than their parent: `lost` (k,) more.
-
-        The best come first.
-        """
-        if self._phase != _SEARCH:
-            return
-        sourced = np.isin(self._sources[: len(lost)], [MODEL, SWITCH])
-        better = np.flatnonzero(sourced & (lost < 0))
-        better = better[np.argsort(lost[better], kind="stable")]
-        self._siblings = np.concatenate([parent[None], candidates[better]])
 
     # -- the next query ------------------------------------------------------------------------------------------
 
@@ -360,21 +329,20 @@ class Learning:
         effects = self.space.n * (self.space.m - 1)
         drawing = self.generation % 2 == 0 or len(self._archive.losses) >= effects
         if self._sums.proven and not self._sums.solved and drawing and len(solved := self._solve(count)):
-            self._sources = np.full(len(solved), UNSOURCED, dtype=np.int8)
+            self._sources.of = np.full(len(solved), UNSOURCED, dtype=np.int8)
         else:
             solved = self._mix(count)
         probe = self._sums.probe[: count - 1]
         probe = probe[self._archive.new(probe)]
         self._archive.remember(probe)
         kept = solved[: count - len(probe)]
-        self._sources = np.append(self._sources[: len(kept)], np.full(len(probe), UNSOURCED, dtype=np.int8))
+        self._sources.of = np.append(self._sources.of[: len(kept)], np.full(len(probe), UNSOURCED, dtype=np.int8))
         return np.concatenate([kept, probe])
 
     def _solve(self, count: int) -> Levels:
         """Candidates if the loss is a sum, (at most count, n); none once its lowest profile is known."""
-        rows = self._archive.chosen(ROWS)
-        known = self._archive.profiles[rows], self._archive.losses[rows]
-        solved = distinct(self._sums.draws(*known, min(count, DRAWS), self._rng))
+        profiles, losses, *_ = self._archive.rows(self._archive.chosen(ROWS))
+        solved = distinct(self._sums.draws(profiles, losses, min(count, DRAWS), self._rng))
         solved = solved[self._archive.new(solved)]
         self._archive.remember(solved)
         self._sums.solved = not len(solved)
@@ -386,44 +354,34 @@ class Learning:
         batch = proposals.Batch(self._archive, space.n)
         if self._is_stuck and batch.take(self._elsewhere(), 1, UNSOURCED):
             basins.move(self._best.profile)
-            self._sources = batch.sources
+            self._sources.of = batch.sources
             return batch.rows
         center = basins.center if self.exact and basins.center is not None else self._best.profile
         # On a plateau a model has nothing to tell candidates apart by, and would stay where it is.
-        posterior = self._model() if rng.random() >= self._flat else None
-        if len(self._siblings) > 2 and count > 1:
-            batch.take(proposals.merged(self._siblings[0], self._siblings[1:], space, rng), 1, MERGE)
+        posterior = self._model() if rng.random() >= self._sources.flat else None
+        if len(self._sources.siblings) > 2 and count > 1:
+            batch.take(proposals.merged(self._sources.siblings[0], self._sources.siblings[1:], space, rng), 1, MERGE)
         if posterior is not None and not self.exact:
             believed = self._believed(posterior)
             batch.put(believed[(believed != center).any(axis=1)], MODEL)
         left = count - len(batch.sources)
-        blind = int(rng.binomial(left, self._blind_share if posterior is not None else 1.0))
+        blind = int(rng.binomial(left, self._sources.blind_share if posterior is not None else 1.0))
         if blind:
-            switched = proposals.switched(center[None], 2 * blind, self._most_switches, space, rng)
+            switched = proposals.switched(center[None], 2 * blind, self._sources.most_switches, space, rng)
             batch.take(switched[basins.inside(switched)], blind, SWITCH)
         left = count - len(batch.sources)
         if posterior is not None and left and len(pool := self._pool(posterior, center)):
             batch.take(pool[proposals.choose(posterior, center, pool, left, rng)], left, MODEL)
         if not len(batch.sources):  # the neighbours are all known
             batch.take(space.random(count, rng), count, UNSOURCED)
-        self._sources = batch.sources
+        self._sources.of = batch.sources
         return batch.rows
 
     def _believed(self, posterior: Posterior) -> Levels:
-        """Of what the posterior was made of, the profile that it thinks best, though it may have lost a race: (1, n)."""
+        """Of the profiles that the posterior knows the best, though it may have lost its race: (1, n)."""
         rows = distinct(self._archive.profiles[-len(posterior.features) :])
         mean = posterior.draw(1, 0.0, self._rng)
         return rows[[mean.values(rows, np.zeros(len(rows), dtype=np.intp)).argmin()]]
-
-    @property
-    def _blind_share(self) -> float:
-        """Of the candidates, by what blind switches have lately been worth beside those of the model."""
-        model, switch = (max(self._worth[source], LEAST_WORTH) for source in (MODEL, SWITCH))
-        return float(np.clip(switch / (model + switch), *BLIND))
-
-    @property
-    def _most_switches(self) -> int:
-        return max(1, round(self._switches))
 
     def _pool(self, posterior: Posterior, center: Levels) -> Levels:
         """New profiles that the model may choose from, (k, n)."""
@@ -432,8 +390,8 @@ class Learning:
         starts, draw = np.repeat(center[None], DESCENTS, axis=0), np.arange(DESCENTS)
         inside = self._basins.inside
         pool = [
-            proposals.descend(model, starts, draw, int(self._radius), archive, space, rng, inside),
-            proposals.switched(center[None], SWITCHED, self._most_switches, space, rng),
+            proposals.descend(model, starts, draw, int(self._sources.radius), archive, space, rng, inside),
+            proposals.switched(center[None], SWITCHED, self._sources.most_switches, space, rng),
         ]
         if len(elite) > 1:
             pool.append(proposals.crossed(elite, CROSSED, space, rng))
@@ -443,11 +401,11 @@ class Learning:
     @property
     def _is_stuck(self) -> bool:
         """Whether exact measurements have not bettered the center for long, on no plateau, and no sum is solved."""
-        return self.exact and self._basins.stuck and not self._sums.proven and self._flat < PLATEAU
+        return self.exact and self._basins.stuck and not self._sums.proven and self._sources.flat < PLATEAU
 
     def _elsewhere(self) -> Levels:
         """Profiles to search around next, those first of which the model expects most: (k, n)."""
-        self._radius = min(self.settings.radius, self.space.n)
+        self._sources.radius = min(self.settings.radius, self.space.n)
         starts = self._basins.starts(self._best.profile, self._best.loss, self._elite.profiles, self._rng)
         posterior = self._model()
         mean = posterior.draw(1, 0.0, self._rng) if posterior is not None else None
@@ -473,12 +431,7 @@ class Learning:
         "generation",
         "improved_at",
         "_seed",
-        "_radius",
-        "_switches",
-        "_worth",
-        "_rated",
         "_steady",
-        "_flat",
         "_level",
         "_noise",
         "_rounds",
@@ -501,8 +454,7 @@ class Learning:
             "elite": self._elite.to_dict(),
             "choice": [finalist.to_dict() for finalist in self.choice],
             "sums": self._sums.state(),
-            "sources": pack(self._sources),
-            "siblings": pack(self._siblings),
+            "sources": self._sources.state(),
             "race": self._race.to_dict() if self._race else None,
             "query": pack_query(self._query),
         }
@@ -512,7 +464,6 @@ class Learning:
         self._rng.bit_generator.state = state["rng"]
         for name in self._PLAIN:
             setattr(self, name, state["plain"][name])
-        self._worth, self._rated = list(self._worth), list(self._rated)
         self._basins.restore(state["basins"])
         self.stop = StopReason[state["stop"]] if state["stop"] else None
         self.start = Measurement.from_dict(state["start"]) if state["start"] else None
@@ -521,7 +472,7 @@ class Learning:
         self._elite.restore(state["elite"])
         self.choice = tuple(map(Finalist.from_dict, state["choice"]))
         self._sums.restore(state["sums"])
-        self._sources, self._siblings = unpack(state["sources"]), unpack(state["siblings"])
+        self._sources.restore(state["sources"])
         self._race = Race.from_dict(state["race"]) if state["race"] else None
         self._query = unpack_query(state["query"])
 
