@@ -166,12 +166,13 @@ class Learning:
         steady = query.fidelity == self.plan.fidelity and self._is_steady(race)
         if steady:  # the last round said all there is to know of those in it
             behind[race.last], variance[race.last] = race.latest[race.last] - race.latest[0], 0.0
-        if steady:
-            self._archive.add(race.candidates, self._level + behind, variance / 2)
-        else:
-            self._learn_rounds(race, variance * fidelity)
-        self._elite.offer(race.candidates[1:], self._level + behind[1:] + np.sqrt(variance[1:]))
         winner = self._chosen(race) if self._phase == _CHOICE else race.winner
+        if self._phase != _CHOICE:
+            if steady:
+                self._archive.add(race.candidates, self._level + behind, variance / 2)
+            else:
+                self._learn_rounds(race, variance * fidelity)
+            self._elite.offer(race.candidates[1:], self._level + behind[1:] + np.sqrt(variance[1:]))
         if self._phase == _SEARCH and not steady and (posterior := self._model()) is not None:
             mean, _ = posterior.joint(race.candidates[race.last])
             winner = int(race.last[mean.argmin()])
@@ -207,19 +208,12 @@ class Learning:
         return self._steady
 
     def _chosen(self, race: Race) -> int:
-        """The finalist to answer with: of those that are not clearly worse here, what the model thinks best.
+        """The finalist to answer with: the search's best, unless another is clearly better here.
 
-        It knows both the search and this race. Without one the search's best, unless another is better by an error.
+        The search has seen much more data than there is for the choice, which is to find out where that misled it.
         """
         behind, error = race.differences(race.leader)
-        posterior = None if self._steady else self._model()
-        if posterior is None:
-            return 0 if 0 in race.last and behind[0] <= error[0] < np.inf else race.leader
-        hopeful = race.last[np.isfinite(behind[race.last]) & (behind[race.last] <= BEHIND * error[race.last])]
-        if not len(hopeful):
-            return race.leader
-        mean, _ = posterior.joint(race.candidates[hopeful])
-        return int(hopeful[mean.argmin()])
+        return 0 if 0 in race.last and behind[0] <= BEHIND * error[0] < np.inf else race.leader
 
     def _advance(self, *, improved: bool) -> None:
         if self._phase == _START:
