@@ -131,6 +131,8 @@ def draw_effects(space: SearchSpace, profiles: Levels, losses: Floats, count: in
     spread = np.sqrt(max(float((target * cho_solve(factor, target)).mean()), 0.0))  # of an effect, likeliest
     drawn = spread * rng.standard_normal((count, features.shape[1]))
     drawn[0] = 0.0
-    weights = drawn + cho_solve(factor, (target - drawn @ features.T).T, check_finite=False).T @ features
+    weights = drawn
+    for _ in range(2):  # the second time for what the ridge held back
+        weights = weights + cho_solve(factor, (target - weights @ features.T).T, check_finite=False).T @ features
     effects: Floats = weights.reshape(count, space.n, -1) @ levels.T
     return effects

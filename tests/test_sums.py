@@ -104,6 +104,18 @@ def test_enough_measurements_give_the_effects() -> None:
         np.testing.assert_allclose(relative - np.outer(np.full(12, shift[0]), [0, 1, 2]), expected, atol=1e-4)
 
 
+def test_effects_that_are_small_beside_others_are_seen_as_well() -> None:
+    rng = np.random.default_rng(1)
+    profiles = SPACE.random(400, rng)
+    size = 10.0 ** rng.uniform(-5, 0, size=(SPACE.n, 1))
+    table = size * rng.normal(size=(SPACE.n, SPACE.m))
+    losses = table[np.arange(SPACE.n), profiles].sum(axis=1)
+    (mean,) = draw_effects(SPACE, profiles, losses, 1, np.random.default_rng(2))
+    apart = mean - mean[:, :1] - (table - table[:, :1])
+    apart -= np.outer(np.ones(SPACE.n), apart[0])  # what a step costs anywhere does not count
+    assert np.abs(apart).max() < 1e-13
+
+
 def test_measurements_that_no_sum_explains_refute_it() -> None:
     sums = Sums(SPACE)
     turned(sums, total, 3)
