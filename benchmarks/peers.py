@@ -386,4 +386,7 @@ PEERS: dict[str, Callable[[SearchSpace, Plan, int], Optimizer]] = {
 """Every peer by name, made from a space, a plan and a seed."""
 
 QUICK = {kind.algorithm: _factory(kind) for kind in (CpSat, Deap, OnePlusOne, Pymoo)}
-"""Those fit for 10,000 measurements: optuna's takes longer with each, and NGOpt is a (1+1) search here as well."""
+"""Those fit for many measurements: optuna's takes longer with each, and NGOpt is a (1+1) search here as well."""
+
+LONG = {name: factory for name, factory in QUICK.items() if name != OnePlusOne.algorithm}
+"""The same without nevergrad, which takes half a minute for 10,000."""
