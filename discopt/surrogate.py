@@ -26,6 +26,7 @@ CONSTANT = 10.0  # prior variance of the mean, over that of the loss
 GROUP = 10.0  # prior variance of the error that a group of losses shares, once these are standardised
 LIKELIHOOD_ROWS = 250  # that the likelihood is computed on, at most
 NOISY_ROWS = 600  # the same where losses have errors, so that each says less
+ENOUGH = 200  # losses with errors, from which on the scale is fitted together with them
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ COVARIANCES = (
     *(Covariance(PAIRS, r) for r in (0.0, 0.3, 1.0, 3.0, 10.0, 30.0)),
     *(Covariance(PRODUCT, theta) for theta in (0.05, 0.1, 0.2, 0.4)),
 )
-DOUBT = 3.0  # standard errors that a loss may be above the lowest by chance
+DOUBT = 3.0  # see Shape
 LENGTHS = (0.5, 2.0, 8.0)  # steps between levels after which they are alike by 1/e
 SLACKS = (0.0, 0.03, 0.1, 0.3)  # standard deviation of what the model may miss, over a loss's distance from the best
 SPREADS = np.array([0.0, 1.0, 0.5, 2.0])  # of the draws in turn, over the temperature
@@ -70,6 +71,7 @@ class Shape:
     scale: float  # variance of the standardised loss
     slack: float = 0.0  # one of SLACKS
     length: float = 2.0  # one of LENGTHS
+    doubt: float = 0.0  # standard errors that a loss may be above the lowest by chance, 0 or DOUBT
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -120,7 +122,7 @@ class Posterior:
         groups = np.full(len(losses), -1) if groups is None else groups
         features = _features(profiles, self.levels)
         expected = np.zeros(len(losses)) if self.prior is None else _expected(self.prior, profiles)
-        missed = self.shape.slack * _above(losses, variances, self.lowest) / self.deviation
+        missed = self.shape.slack * _above(losses, variances, self.lowest, self.shape.doubt) / self.deviation
         noise = self.shape.noise + missed**2 + variances / self.deviation**2 / self.shape.scale
         own = self._covariance(features, expected, features, expected) + self._shared(groups, groups)
         own[np.diag_indices_from(own)] += noise
@@ -229,18 +231,19 @@ def best_shape(
 
     Found by coordinate ascent, from `near` on.
     """
-    noisy = bool(variances.any())
+    noisy = bool(variances.any()) and len(losses) >= ENOUGH
     rows = slice(0, NOISY_ROWS if noisy else LIKELIHOOD_ROWS)
     profiles, losses, variances = profiles[rows], losses[rows], variances[rows]
     mean, deviation = standard(losses)
     target = (losses - mean - (0.0 if prior is None else _expected(prior, profiles))) / deviation
     target -= target.mean()
-    above = _above(losses, variances, losses.min()) / deviation
+    above = _above(losses, variances, losses.min(), DOUBT if noisy else 0.0) / deviation
     shared = 0.0 if groups is None else _shared(groups[rows], groups[rows])
     alike: dict[float, Floats] = {}
-    # Without errors the likeliest scale follows from the rest.
+    # Without errors, or too little to tell them apart from effects, the likeliest scale follows from the rest.
     scales: list[dict[str, Any]] = [{"scale": float(scale)} for scale in SCALES] if noisy else []
     shape, best = near or Shape(Covariance(PAIRS, 1.0), NOISES[0], 1.0, SLACKS[-1]), -np.inf
+    shape = replace(shape, doubt=DOUBT if noisy else 0.0)
     for options in (
         scales,
         [{"covariance": c, "slack": slack} for c in COVARIANCES for slack in SLACKS],
@@ -254,8 +257,9 @@ def best_shape(
             if tried.length not in alike:
                 features = _features(profiles, level_features(space.n, space.m, tried.length)).astype(np.float64)
                 alike[tried.length] = features @ features.T
-            noise = tried.noise + (tried.slack * above) ** 2 + variances / deviation**2 / tried.scale
-            known = np.asarray(tried.covariance(alike[tried.length]) + CONSTANT + shared / tried.scale)
+            unit = tried.scale if noisy else 1.0  # of the variances; 1 is a guess, where little is known
+            noise = tried.noise + (tried.slack * above) ** 2 + variances / deviation**2 / unit
+            known = np.asarray(tried.covariance(alike[tried.length]) + CONSTANT + shared / unit)
             likelihood, scale = _likelihood(known, noise, target, tried.scale if noisy else None)
             if likelihood > best:
                 best, shape = likelihood, replace(tried, scale=scale)
@@ -271,9 +275,9 @@ def _likelihood(covariance: Floats, noise: Floats, target: Floats, scale: float 
     return float(likelihood), scale
 
 
-def _above(losses: Floats, variances: Floats, lowest: float) -> Floats:
-    """How much higher than the lowest losses (N,) are, beyond doubt: (N,)."""
-    return np.maximum(losses - lowest - DOUBT * np.sqrt(variances), 0.0)
+def _above(losses: Floats, variances: Floats, lowest: float, doubt: float) -> Floats:
+    """How much higher than the lowest losses (N,) are, beyond so many standard errors: (N,)."""
+    return np.maximum(losses - lowest - doubt * np.sqrt(variances), 0.0)
 
 
 def _shared(one: Rows, other: Rows) -> Floats:
