@@ -208,12 +208,16 @@ class Learning:
         return self._steady
 
     def _chosen(self, race: Race) -> int:
-        """The finalist to answer with: the search's best, unless another is clearly better here.
+        """The finalist to answer with: the search's best, unless another is better here by more than the error.
 
-        The search has seen much more data than there is for the choice, which is to find out where that misled it.
+        That is two standard errors, for the search has seen much more data than there is for the choice; but one for
+        the uniform profile and the references, which the answer must not be worse than.
         """
-        behind, error = race.differences(race.leader)
-        return 0 if 0 in race.last and behind[0] <= BEHIND * error[0] < np.inf else race.leader
+        behind, error = race.differences(0)
+        promised = [(race.candidates == profile).all(axis=1) for profile in (self._uniform, *self.settings.references)]
+        errors = np.where(np.any(promised, axis=0), 1.0, BEHIND)
+        better = race.last[-behind[race.last] > (errors * np.where(np.isfinite(error), error, 0.0))[race.last]]
+        return int(better[behind[better].argmin()]) if len(better) else 0
 
     def _advance(self, *, improved: bool) -> None:
         if self._phase == _START:
@@ -242,7 +246,7 @@ class Learning:
             self._query, self._race = None, None
             return
         self._phase = _CHOICE
-        self._race = Race(finalists, rounds, max(1, len(finalists) // 2))
+        self._race = Race(finalists, rounds, max(2, len(finalists) // 2))
         self._ask_round()
 
     @property
