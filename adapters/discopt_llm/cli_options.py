@@ -88,8 +88,8 @@ Algorithm = Annotated[
     str | None,
     search(
         metavar="learning|evopress",
-        help="Search with a model of the loss that learns, and a final choice on text kept apart (fast and demo, for "
-        "what has a bank), or as EvoPress does (preset paper, and dropping). Both spend as many tokens.",
+        help="Search with a model of the loss that learns, and a final choice on text kept apart (presets fast and "
+        "demo), or as EvoPress does (preset paper). Both spend as many tokens.",
     ),
 ]
 Start = Annotated[

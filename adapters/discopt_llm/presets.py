@@ -47,6 +47,7 @@ DROP_PRESETS = {
         sequence_length=2048,
         baseline_tokens=8192,
         eval_tokens=16384,
+        algorithm="learning",
     ),
     "demo": Preset(
         "minutes on two CPU cores for a model of 100M parameters",
@@ -58,6 +59,7 @@ DROP_PRESETS = {
         baseline_tokens=2048,
         eval_tokens=4096,
         generations=11,
+        algorithm="learning",
     ),
 }
 
@@ -80,14 +82,12 @@ _SMALL = {
         DROP_PRESETS["fast"],
         summary="EvoPress, Table 8, super-fast: 16 offspring, 1@512 1@8192, 400 generations",
         generations=400,
-        algorithm="learning",
     ),
     "demo": replace(
         DROP_PRESETS["demo"],
         stages=(Stage(2, 512), Stage(1, 2048)),
         generations=8,
         bank_tokens=16384,
-        algorithm="learning",
     ),
 }
 SPARSITY_PRESETS = {"paper": _PUBLISHED, **_SMALL}
