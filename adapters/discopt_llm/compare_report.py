@@ -341,5 +341,5 @@ def plot_curves(records: Sequence[Record], path: Path) -> None:
     axes.set_xlabel("tokens spent")
     axes.set_ylabel("held-out KL to the dense model,\nnats per token (lower is better)")
     style_axes(axes)
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    axes.legend(edgecolor="none", framealpha=0.9, fontsize=9, labelcolor=INK)
     save_figure(figure, path)
