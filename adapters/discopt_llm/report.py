@@ -247,7 +247,7 @@ def _report(
     choice = [
         "## The final choice\n\nWhat the search found, and what it must not be worse than, on calibration text that "
         f"the search has not seen ({results['fidelity']:,} tokens). The first is the answer: what the search found, "
-        "unless another lost less by more than two standard errors of the difference, or uniform or an additive "
+        "unless another lost less by more than two standard errors of the difference, or uniform or a baseline's "
         "profile by more than one.",
         markdown_rows([_shown_finalist(finalist) for finalist in results["choice"]]),
     ]
