@@ -237,13 +237,14 @@ def best_shape(
     mean, deviation = standard(losses)
     target = (losses - mean - (0.0 if prior is None else _expected(prior, profiles))) / deviation
     target -= target.mean()
-    above = _above(losses, variances, losses.min(), DOUBT if noisy else 0.0) / deviation
+    doubt = DOUBT if noisy else 0.0
+    above = _above(losses, variances, losses.min(), doubt) / deviation
     shared = 0.0 if groups is None else _shared(groups[rows], groups[rows])
     alike: dict[float, Floats] = {}
     # Without errors, or too little to tell them apart from effects, the likeliest scale follows from the rest.
     scales: list[dict[str, Any]] = [{"scale": float(scale)} for scale in SCALES] if noisy else []
     shape, best = near or Shape(Covariance(PAIRS, 1.0), NOISES[0], 1.0, SLACKS[-1]), -np.inf
-    shape = replace(shape, doubt=DOUBT if noisy else 0.0)
+    shape = replace(shape, doubt=doubt)
     for options in (
         scales,
         [{"covariance": c, "slack": slack} for c in COVARIANCES for slack in SLACKS],

@@ -215,9 +215,9 @@ class Learning:
         """
         behind, error = race.differences(0)
         promised = [(race.candidates == profile).all(axis=1) for profile in (self._uniform, *self.settings.references)]
-        errors = np.where(np.any(promised, axis=0), 1.0, BEHIND)
-        better = race.last[-behind[race.last] > (errors * np.where(np.isfinite(error), error, 0.0))[race.last]]
-        return int(better[behind[better].argmin()]) if len(better) else 0
+        least = np.where(np.any(promised, axis=0), 1.0, BEHIND) * np.where(np.isfinite(error), error, 0.0)
+        better = [int(row) for row in race.last if behind[row] < -least[row]]
+        return min(better, key=lambda row: behind[row], default=0)
 
     def _advance(self, *, improved: bool) -> None:
         if self._phase == _START:
